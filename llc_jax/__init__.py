@@ -1,0 +1,19 @@
+"""llc_jax: local learning coefficients of JAX models. The public names, and nothing else."""
+
+from llc_jax.llc import LLCEstimate, estimate_llc, estimate_llc_over_checkpoints
+from llc_jax.posterior import default_nbeta
+from llc_jax.samplers import SGLD
+from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+
+__all__ = [
+    "SGLD",
+    "Batch",
+    "LLCEstimate",
+    "LossFn",
+    "Params",
+    "Sampler",
+    "Stream",
+    "default_nbeta",
+    "estimate_llc",
+    "estimate_llc_over_checkpoints",
+]

@@ -1,0 +1,130 @@
+"""Device meshes over (checkpoint, chain), distributed start-up and stop signals."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+CHECKPOINT = "checkpoint"
+CHAIN = "chain"
+
+
+def make_mesh(num_checkpoints: int, num_chains: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges devices over (checkpoint, chain) so that the busiest device has the least to do.
+
+    Args:
+      num_checkpoints: checkpoints sampled at once.
+      num_chains: chains for each.
+      devices: default all devices of all processes.
+
+    Returns:
+      A mesh with axes ("checkpoint", "chain"). Among equals the longer chain axis wins: chains of
+      one checkpoint share their anchor.
+    """
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    splits = [(devices.size // c, c) for c in range(1, devices.size + 1) if devices.size % c == 0]
+    rows, columns = min(
+        splits,
+        key=lambda s: (-(-num_checkpoints // s[0]) * -(-num_chains // s[1]), -s[1]),
+    )
+    return Mesh(
+        devices.reshape(rows, columns),
+        (CHECKPOINT, CHAIN),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+    )
+
+
+def place(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
+    """Puts host arrays on the mesh, leading axes split over `axes`, the rest replicated.
+
+    Every process must hold the whole array; each puts its own part on its own devices.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(x):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Copies a sharded tree to the host, whole on every process, as numpy arrays."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(
+        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
+    )
+
+
+def start_distributed(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of a pod; call it before anything touches a device.
+
+    On TPU pods and under SLURM all three arguments are detected; elsewhere give all of them.
+
+    Args:
+      coordinator: "host:port" of process 0.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      ValueError: if only some of the three are given.
+    """
+    given = [coordinator is not None, num_processes is not None, process_id is not None]
+    if any(given) and not all(given):
+        raise ValueError(
+            f"coordinator={coordinator!r}, num_processes={num_processes}, process_id={process_id}:"
+            " give all three, or none where they are detected (TPU, SLURM)."
+        )
+    options = {}
+    if coordinator is not None and coordinator.startswith(("127.0.0.1:", "localhost:")):
+        # Processes of one machine: do not listen to the outside.
+        options["coordinator_bind_address"] = coordinator
+    jax.distributed.initialize(coordinator, num_processes, process_id, **options)
+
+
+class StopRequested(SystemExit):
+    """Raised at a safe point after SIGTERM or SIGINT; exits with 128 + signal number."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(128 + signum)
+        self.message = message
+
+
+class StopFlag:
+    """Remembers the first SIGTERM or SIGINT; `signum` is None until then."""
+
+    signum: int | None = None
+
+    def _set(self, signum: int, _frame: Any) -> None:
+        if self.signum is not None:  # the second one means now
+            os._exit(128 + signum)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """Turns SIGTERM and SIGINT into a flag to look at between blocks of work."""
+    flag = StopFlag()
+    old = {s: signal.signal(s, flag._set) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,252 @@
+"""One chain as a scan, many chains and checkpoints as one compiled, sharded program."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from llc_jax.parallel import CHAIN, CHECKPOINT
+from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss
+from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+
+
+class Plan(NamedTuple):
+    """The integers that fix the shapes of a run: static, hashable, compared by value.
+
+    Attributes:
+      num_draws: recorded draws after burn-in.
+      num_burnin: recorded draws that are thrown away first.
+      thinning: sampler steps per recorded draw.
+      batch_size: examples per minibatch; ignored for a `Stream`, whose batches have their own.
+      grad_accum: micro-batches per minibatch.
+      chain_batch: chains that one device runs at once; the rest wait their turn.
+      num_probes: draws after burn-in at which the Metropolis acceptance is measured.
+    """
+
+    num_draws: int
+    num_burnin: int
+    thinning: int
+    batch_size: int
+    grad_accum: int
+    chain_batch: int
+    num_probes: int
+
+    @property
+    def total_draws(self) -> int:
+        """Recorded draws, burn-in included."""
+        return self.num_burnin + self.num_draws
+
+    def probe_draws(self) -> range:
+        """The draws at which acceptance is measured, evenly spaced after burn-in."""
+        every = max(1, self.num_draws // max(1, self.num_probes))
+        last = self.total_draws if self.num_probes else self.num_burnin
+        return range(self.num_burnin, last, every)
+
+
+class Trace(NamedTuple):
+    """What a chain leaves behind; leading axes [checkpoint, chain] outside `sample_chain`.
+
+    Attributes:
+      losses: [draw] minibatch loss L_B at the draw.
+      anchor_losses: [draw] loss of w* on the same minibatch.
+      distance: [draw] Euclidean distance |w - w*|.
+      log_acceptance: [draw] log Metropolis ratio of the step from the draw; nan where not probed.
+      collected: what `collect` returned, stacked over draws; None without it.
+    """
+
+    losses: jax.Array
+    anchor_losses: jax.Array
+    distance: jax.Array
+    log_acceptance: jax.Array
+    collected: Any
+
+
+def anchor_losses(loss_fn: LossFn, params: Params, data: Batch, chunk: int) -> jax.Array:
+    """Per-example losses over a whole finite data set, [n], float32, `chunk` examples at a time."""
+    n = num_examples(data)
+    num_chunks = -(-n // chunk)
+    rows = (jnp.arange(num_chunks * chunk) % n).reshape(num_chunks, chunk)
+    losses = jax.lax.map(lambda r: loss_fn(params, take(data, r)).astype(jnp.float32), rows)
+    return losses.reshape(-1)[:n]
+
+
+def num_examples(data: Batch) -> int:
+    """Returns the length of the leading axis."""
+    return jax.tree.leaves(data)[0].shape[0]
+
+
+def take(data: Batch, rows: jax.Array) -> Batch:
+    """Returns the examples `rows`."""
+    return jax.tree.map(lambda x: x[rows], data)
+
+
+def sample_chain(
+    rng_key: jax.Array,
+    loss_fn: LossFn,
+    anchor: Params,
+    data: Batch | Stream,
+    reference: jax.Array | None,
+    sampler: Sampler,
+    nbeta: jax.Array,
+    localization: jax.Array,
+    mask: Params | None,
+    plan: Plan,
+    collect: Callable[[Params, Batch], Any] | None = None,
+) -> Trace:
+    """Runs one chain from the anchor.
+
+    Args:
+      rng_key: identity of the chain; step t uses `fold_in(rng_key, t)` and nothing else.
+      loss_fn: per-example losses.
+      anchor: w*, start of the chain and centre of the localization.
+      data: a data set with leading axis n, or a `Stream`.
+      reference: [n] losses at the anchor; None for a `Stream`.
+      sampler: the sampler.
+      nbeta: scalar.
+      localization: scalar.
+      mask: None, or 0/1 like params.
+      plan: the static sizes.
+      collect: optional `collect(params, batch)` recorded at every draw.
+
+    Returns:
+      A `Trace` over burn-in and draws. The first recorded draw of a chain with `thinning=1` is
+      the anchor itself.
+    """
+
+    def minibatch(key):
+        if isinstance(data, Stream):
+            batch = data.batch_fn(key)
+            return batch, mean_loss(loss_fn, anchor, batch)
+        n = num_examples(data)
+        if plan.batch_size == n:
+            return data, jnp.mean(reference)
+        rows = jax.random.randint(key, (plan.batch_size,), 0, n)
+        return take(data, rows), jnp.mean(reference[rows])
+
+    def step(state, t, probing):
+        batch_key, noise_key = jax.random.split(jax.random.fold_in(rng_key, t))
+        batch, anchor_loss = minibatch(batch_key)
+
+        def posterior(params):
+            return evaluate(
+                loss_fn, params, batch, anchor, nbeta, localization, mask, plan.grad_accum
+            )
+
+        new_state, here = sampler.step(noise_key, state, posterior, mask)
+        away = apply_mask(mask, displacement(state.params, anchor))
+        distance = optax.tree.norm(away)
+
+        def probe():
+            there = posterior(new_state.params)
+            away_there = apply_mask(mask, displacement(new_state.params, anchor))
+            move = jax.tree.map(jnp.subtract, away_there, away)
+            pull = optax.tree.vdot(move, jax.tree.map(jnp.add, away_there, away)) / 2
+            change = nbeta * (there.loss - here.loss) + localization * pull
+            return sampler.log_acceptance(change, move, here, there)
+
+        # The predicate is the same for every chain, so vmap keeps the branch a branch.
+        ratio = jax.lax.cond(probing, probe, lambda: jnp.nan * here.loss)
+        extra = None if collect is None else collect(state.params, batch)
+        return new_state, Trace(here.loss, anchor_loss, distance, ratio, extra)
+
+    def draw(state, inputs):
+        t, probing = inputs
+        if plan.thinning == 1:
+            return step(state, t, probing)
+        blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, t, probing)[1])
+        return jax.lax.fori_loop(
+            0,
+            plan.thinning,
+            lambda i, carry: step(
+                carry[0], t * plan.thinning + i, probing & (i == plan.thinning - 1)
+            ),
+            (state, blank),
+        )
+
+    draws = jnp.arange(plan.total_draws)
+    probing = jnp.isin(draws, jnp.asarray(plan.probe_draws(), draws.dtype))
+    if not hasattr(sampler, "log_acceptance"):
+        probing = jnp.zeros_like(probing)
+    _, trace = jax.lax.scan(draw, sampler.init(anchor), (draws, probing))
+    return trace
+
+
+@functools.partial(
+    jax.jit, static_argnames=("loss_fn", "stream", "plan", "num_chains", "mesh", "collect")
+)
+def sample(
+    rng_key: jax.Array,
+    steps: jax.Array,
+    checkpoints: Params,
+    data: Batch | None,
+    sampler: Sampler,
+    nbeta: jax.Array,
+    localization: jax.Array,
+    mask: Params | None,
+    *,
+    loss_fn: LossFn,
+    stream: Stream | None,
+    plan: Plan,
+    num_chains: int,
+    mesh: Mesh,
+    collect: Callable[[Params, Batch], Any] | None = None,
+) -> tuple[jax.Array, Trace]:
+    """Samples `num_chains` chains around each of a stack of checkpoints.
+
+    Args:
+      rng_key: typed key; chain c of checkpoint s uses `fold_in(fold_in(rng_key, s), c)`, so a
+        chain does not depend on what else runs beside it.
+      steps: [checkpoint] training steps, uint32.
+      checkpoints: params with a leading axis [checkpoint], a multiple of the mesh axis.
+      data: finite data set, replicated; None with a `stream`.
+      sampler: sampler with traced hyperparameters.
+      nbeta: scalar.
+      localization: scalar.
+      mask: None, or 0/1 like params.
+      loss_fn: static.
+      stream: static; None with finite `data`.
+      plan: static sizes.
+      num_chains: a multiple of mesh axis times `plan.chain_batch`.
+      mesh: axes (checkpoint, chain); each device runs its own lanes and never talks to another.
+      collect: static, see `sample_chain`.
+
+    Returns:
+      (init_losses [checkpoint], nan for a stream; `Trace` with leading axes [checkpoint, chain]).
+    """
+
+    def local(key, steps, chains, checkpoints, data, sampler, nbeta, localization, mask):
+        def one_checkpoint(step, anchor):
+            key_s = jax.random.fold_in(key, step)
+            if stream is None:
+                reference = anchor_losses(loss_fn, anchor, data, plan.batch_size // plan.grad_accum)
+                init_loss = jnp.mean(reference)
+            else:
+                reference, init_loss = None, jnp.float32(jnp.nan)
+
+            def one_chain(chain):
+                return sample_chain(
+                    jax.random.fold_in(key_s, chain), loss_fn, anchor,
+                    stream or data, reference, sampler, nbeta, localization, mask, plan, collect,
+                )  # fmt: skip
+
+            return init_loss, jax.lax.map(one_chain, chains, batch_size=plan.chain_batch)
+
+        return jax.vmap(one_checkpoint)(steps, checkpoints)
+
+    lanes = P(CHECKPOINT, CHAIN)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(), P(CHECKPOINT), P(CHAIN), P(CHECKPOINT), P(), P(), P(), P(), P()),
+        out_specs=(P(CHECKPOINT), lanes),
+        # Loop carries start replicated (the anchor) and end varying; nothing is ever reduced.
+        check_vma=False,
+    )(
+        rng_key, steps, jnp.arange(num_chains, dtype=jnp.uint32), checkpoints, data, sampler,
+        nbeta, localization, mask,
+    )  # fmt: skip
