@@ -24,7 +24,8 @@ class Diagnostics(NamedTuple):
       ess: effective sample size over all chains.
       drift: mean of the second half of the draws minus that of the first, in standard errors.
       distance_growth: relative growth of the mean squared distance from the first half of the
-        draws to the second: how far the flat directions are from equilibrium.
+        draws to the second: how far the flat directions are from equilibrium; 0 where the growth
+        is within `MAX_DRIFT` standard errors.
     """
 
     stderr: float
@@ -71,6 +72,12 @@ def mean_stderr(draws: np.ndarray) -> float:
     return math.sqrt(((length - 1) / length * within + between) / ess)
 
 
+def shift_in_stderrs(early: np.ndarray, late: np.ndarray) -> float:
+    """Mean of late[chain, draw] minus that of early, in units of their joint standard error."""
+    spread = math.hypot(mean_stderr(early), mean_stderr(late))
+    return float(late.mean() - early.mean()) / spread if spread > 0 else math.nan
+
+
 def diagnose(gaps: np.ndarray, distance: np.ndarray) -> Diagnostics:
     """Diagnoses finite chains.
 
@@ -84,13 +91,12 @@ def diagnose(gaps: np.ndarray, distance: np.ndarray) -> Diagnostics:
     if gaps.size == 0:
         return Diagnostics(*[math.nan] * 5)
     half = gaps.shape[1] // 2
-    early, late = gaps[:, :half], gaps[:, -half:] if half else gaps[:, :0]
     drift = growth = math.nan
     if half >= MIN_DRAWS:
-        spread = math.hypot(mean_stderr(early), mean_stderr(late))
-        drift = float(late.mean() - early.mean()) / spread if spread > 0 else math.nan
-        before, after = (np.square(d).mean() for d in (distance[:, :half], distance[:, -half:]))
-        growth = float(after / before - 1) if before > 0 else math.nan
+        drift = shift_in_stderrs(gaps[:, :half], gaps[:, -half:])
+        early, late = np.square(distance[:, :half]), np.square(distance[:, -half:])
+        significant = shift_in_stderrs(early, late) > MAX_DRIFT
+        growth = float(late.mean() / early.mean() - 1) if significant else 0.0
     return Diagnostics(
         stderr=mean_stderr(gaps),
         rhat=split_rhat(gaps),

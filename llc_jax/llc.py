@@ -38,7 +38,8 @@ class LLCEstimate:
       acceptance: [C] mean Metropolis acceptance of the steps; nan if the sampler has none.
       below_anchor: share of draws whose loss is below that of the anchor.
       drift: second half of the draws minus first, in standard errors.
-      distance_growth: relative growth of the squared distance between the halves.
+      distance_growth: relative growth of the squared distance between the halves, 0 if not
+        significant.
       num_finite: chains without a non-finite value.
       diverged_at: [C] recorded draw, burn-in counted, of the first non-finite value; -1 if none.
       settings: name -> value of every hyperparameter of the run.

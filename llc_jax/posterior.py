@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llc_jax.types import Batch, Evaluation, LossFn, Params
 
@@ -109,3 +110,21 @@ def apply_mask(mask: Params | None, tree: Params) -> Params:
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Widens half precision; sums and small steps need the digits."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def standard_normal_like(rng_key: jax.Array, tree: Params) -> Params:
+    """Independent N(0, 1) for every entry of `tree`, in the dtype of each leaf; consumes the key.
+
+    One long draw cut into pieces: a generator per leaf would be compiled as often as there are
+    leaves (12 s instead of 1 s for a small transformer on a CPU).
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    widest = jnp.result_type(*[leaf.dtype for leaf in leaves])
+    flat = jax.random.normal(rng_key, (sum(leaf.size for leaf in leaves),), widest)
+    ends = [int(end) for end in np.cumsum([leaf.size for leaf in leaves])]
+    pieces = jnp.split(flat, ends[:-1])
+    noise = [
+        piece.reshape(leaf.shape).astype(leaf.dtype)
+        for piece, leaf in zip(pieces, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noise)

@@ -118,6 +118,8 @@ def sample_chain(
       the anchor itself.
     """
 
+    probes = plan.probe_draws() if hasattr(sampler, "log_acceptance") else range(0)
+
     def minibatch(key):
         if isinstance(data, Stream):
             batch = data.batch_fn(key)
@@ -149,8 +151,10 @@ def sample_chain(
             change = nbeta * (there.loss - here.loss) + localization * pull
             return sampler.log_acceptance(change, move, here, there)
 
-        # The predicate is the same for every chain, so vmap keeps the branch a branch.
-        ratio = jax.lax.cond(probing, probe, lambda: jnp.nan * here.loss)
+        ratio = jnp.float32(jnp.nan)
+        if len(probes):
+            # The predicate is the same for every chain, so vmap keeps the branch a branch.
+            ratio = jax.lax.cond(probing, probe, lambda: jnp.float32(jnp.nan))
         extra = None if collect is None else collect(state.params, batch)
         return new_state, Trace(here.loss, anchor_loss, distance, ratio, extra)
 
@@ -169,9 +173,7 @@ def sample_chain(
         )
 
     draws = jnp.arange(plan.total_draws)
-    probing = jnp.isin(draws, jnp.asarray(plan.probe_draws(), draws.dtype))
-    if not hasattr(sampler, "log_acceptance"):
-        probing = jnp.zeros_like(probing)
+    probing = jnp.isin(draws, jnp.asarray(probes, draws.dtype))
     _, trace = jax.lax.scan(draw, sampler.init(anchor), (draws, probing))
     return trace
 

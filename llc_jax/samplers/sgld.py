@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llc_jax.posterior import apply_mask, at_least_float32
+from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
 from llc_jax.types import Evaluation, Params
 
 
@@ -52,7 +52,7 @@ class SGLD(NamedTuple):
     ) -> tuple[SGLDState, Evaluation]:
         """One step; consumes `rng_key`; returns the evaluation at the point before the step."""
         here = evaluate(state.params)
-        noise = apply_mask(mask, optax.tree.random_like(rng_key, here.drift))
+        noise = apply_mask(mask, standard_normal_like(rng_key, here.drift))
 
         def move(w, drift, xi):
             step = jnp.asarray(self.step_size, drift.dtype)
