@@ -40,6 +40,13 @@ def make_mesh(num_checkpoints: int, num_chains: int, devices: Sequence[Any] | No
     )
 
 
+def data_mesh(batch_size: int) -> Mesh:
+    """A one-axis mesh ("batch") over as many of this process's devices as divide the batch."""
+    devices = jax.local_devices()
+    count = max(d for d in range(1, len(devices) + 1) if batch_size % d == 0)
+    return Mesh(np.asarray(devices[:count]), ("batch",), axis_types=(AxisType.Auto,))
+
+
 def place(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
     """Puts host arrays on the mesh, leading axes split over `axes`, the rest replicated.
 
@@ -69,6 +76,17 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
     )
+
+
+def from_process_zero(array: np.ndarray) -> np.ndarray:
+    """Returns process 0's int32 vector on every process, whatever lengths the others hold."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(array.size)))
+    padded = np.resize(np.append(array, 0).astype(np.int32), length)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded))
 
 
 def start_distributed(
@@ -102,9 +120,8 @@ def start_distributed(
 class StopRequested(SystemExit):
     """Raised at a safe point after SIGTERM or SIGINT; exits with 128 + signal number."""
 
-    def __init__(self, signum: int, message: str):
+    def __init__(self, signum: int):
         super().__init__(128 + signum)
-        self.message = message
 
 
 class StopFlag:

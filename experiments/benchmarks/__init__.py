@@ -1,0 +1,1 @@
+"""Measurements of speed, memory and compilation; never imported by the package."""

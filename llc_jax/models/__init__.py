@@ -1,0 +1,1 @@
+"""Flax Linen models; their params are plain dicts."""

@@ -1,0 +1,124 @@
+"""What every experiment shares: flags from a Config, devices, progress, one-line errors."""
+
+import dataclasses
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import tqdm
+
+
+def option(default: Any, help: str) -> Any:
+    """Declares a Config field: its default lives here and nowhere else."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def command(module: str, preset: str, config: Any, base: Any) -> str:
+    """The command that reproduces `config`: the preset and every flag that departs from it."""
+    words = ["python", "-m", f"experiments.{module}", f"--preset={preset}"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in NOT_PART_OF_A_RESULT and field.name != "workdir":
+            continue
+        if value != getattr(base, field.name):
+            words.append(f"--{field.name}={value}")
+    return shlex.join(words)
+
+
+# Where and on what a run happens, as against what it computes.
+NOT_PART_OF_A_RESULT = frozenset(
+    ("workdir", "preset", "shard_checkpoints", "multihost", "coordinator", "num_processes",
+     "process_id")
+)  # fmt: skip
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The part of a Config that determines the result."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_PART_OF_A_RESULT}
+
+
+def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "quickstart") -> None:
+    """Parses flags, starts devices and runs an experiment; exits 0 only when it is done.
+
+    Args:
+      presets: name -> Config; the fields of the Config are the flags.
+      run: the experiment.
+      default: preset used when none is named.
+    """
+    from absl import app, flags, logging
+
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+    fields = dataclasses.fields(next(iter(presets.values())))
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+    flags.DEFINE_enum("preset", default, sorted(presets), "Where the other flags' defaults are.")
+    flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+    for field in fields:
+        if field.name != "preset":
+            define.get(field.type, flags.DEFINE_string)(field.name, None, field.metadata["help"])
+
+    def start(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}: flags are --name=value.")
+        given = {f.name: getattr(flags.FLAGS, f.name) for f in fields}
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            config = dataclasses.replace(presets[flags.FLAGS.preset], **given)
+            start_devices(config)
+            run(config)
+        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+            if flags.FLAGS.debug:
+                raise
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.exit(1)
+
+    app.run(start)
+
+
+def start_devices(config: Any) -> None:
+    """Joins a pod if asked, gives a CPU one device per core, and keeps compiled programs."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    cache = pathlib.Path(config.workdir).parent / ".compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if getattr(config, "multihost", False):
+        from llc_jax import parallel
+
+        parallel.start_distributed(
+            config.coordinator or None,
+            config.num_processes if config.coordinator else None,
+            config.process_id if config.coordinator else None,
+        )
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints: process 0 of a pod."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line, on the main process."""
+    if is_main():
+        print(text, flush=True)
+
+
+def progress(items: Iterable[Any], phase: str, total: int, unit: str) -> Iterator[Any]:
+    """A progress line with the time left; off a terminal it is printed every ten seconds."""
+    terminal = sys.stdout.isatty()
+    bar = tqdm.tqdm(
+        total=total, desc=phase, unit=unit, file=sys.stdout, disable=not is_main(),
+        mininterval=0.2 if terminal else 10, maxinterval=10, dynamic_ncols=terminal,
+        bar_format="{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed} spent, {remaining} left]{postfix}"
+        + ("" if terminal else "\n"),
+    )  # fmt: skip
+    with bar:
+        for done, postfix, item in items:
+            bar.set_postfix_str(postfix, refresh=False)
+            bar.update(done - bar.n)
+            yield item

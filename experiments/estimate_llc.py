@@ -1,0 +1,208 @@
+"""Estimates the LLC at every checkpoint of a workdir.
+
+    python -m experiments.estimate_llc --preset=quickstart --workdir=runs/quickstart
+
+The same command starts, continues or does nothing: one file per checkpoint, written whole.
+`--shard_checkpoints=i/n` does every n-th chunk of checkpoints, for array jobs without
+communication; `--multihost` spreads each chunk over the devices of a pod instead.
+Two cores: `quickstart` about a minute. Expected: a curve that starts near or below zero, where
+the initialisation is no minimum, and rises as the loss falls.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+
+import numpy as np
+
+from experiments import cli, train_regression, workdir
+from experiments.cli import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a sweep. SGLD: ε = step_size, γ = localization, nβ = nbeta, m = batch_size."""
+
+    workdir: str = option("runs/quickstart", "Folder of the training run.")
+    preset: str = option("quickstart", "Name of the preset.")
+    name: str = option("llc", "Folder of the results within the workdir.")
+    seed: int = option(0, "Seed of the chains.")
+    data_seed: int = option(1000, "Seed of the data set; fresh sequences of the training task.")
+    num_data: int = option(2048, "Sequences in the data set, n.")
+    step_size: float = option(2e-4, "SGLD step ε.")
+    nbeta: float = option(30.0, "n times inverse temperature, nβ; 0 for n / log n.")
+    localization: float = option(300.0, "Pull towards the checkpoint, γ.")
+    num_chains: int = option(4, "Chains per checkpoint.")
+    num_draws: int = option(100, "Draws per chain after burn-in.")
+    num_burnin: int = option(80, "Draws per chain thrown away first.")
+    thinning: int = option(1, "SGLD steps per draw.")
+    batch_size: int = option(64, "Sequences per minibatch, m.")
+    grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
+    checkpoint_batch: int = option(1, "Checkpoints in flight at once; bounds memory.")
+    chain_batch: int = option(0, "Chains one device runs at once; 0 for all its share.")
+    shard_checkpoints: str = option("0/1", "i/n: do only every n-th chunk, from chunk i.")
+    multihost: bool = option(False, "Join the processes of a pod before anything else.")
+    coordinator: str = option("", "host:port of process 0; detected on TPU pods and SLURM.")
+    num_processes: int = option(1, "Processes in all, with --coordinator.")
+    process_id: int = option(0, "This process, from 0, with --coordinator.")
+
+
+def smoke() -> Config:
+    """Seconds."""
+    return Config(
+        workdir="runs/smoke", preset="smoke", num_data=256, batch_size=32, num_draws=20,
+        num_burnin=10, localization=1000.0,
+    )  # fmt: skip
+
+
+def quickstart() -> Config:
+    """About a minute: strong localization, so that the chains forget their start within burn-in."""
+    return Config()
+
+
+def small() -> Config:
+    """Under an hour: closer to the checkpoint and longer."""
+    return Config(
+        workdir="runs/small", preset="small", num_data=8192, step_size=5e-5, nbeta=100.0,
+        localization=1000.0, num_draws=400, num_burnin=200,
+    )  # fmt: skip
+
+
+def paper() -> Config:
+    """The published settings: Hoogland et al. 2024 (arXiv 2402.02364), table A.9."""
+    return Config(
+        workdir="runs/paper", preset="paper", num_data=2**20, step_size=3e-4, nbeta=66.67,
+        localization=6.67, num_chains=10, num_draws=4000, num_burnin=1000, batch_size=1024,
+        checkpoint_batch=8,
+    )  # fmt: skip
+
+
+PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+
+
+def results_folder(config: Config) -> pathlib.Path:
+    """Returns the folder of the result files."""
+    if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
+        raise ValueError(f"name={config.name!r}: give a plain folder name.")
+    return pathlib.Path(config.workdir) / config.name
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parses `i/n` with 0 <= i < n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise ValueError(f"shard_checkpoints={text!r}: give i/n with 0 <= i < n, such as 0/8.")
+    return int(match[1]), int(match[2])
+
+
+def todo(steps: list[int], finished: set[int], size: int, shard: tuple[int, int]) -> list[int]:
+    """The checkpoints to sample: whole chunks, so that a resumed chunk is the one it was.
+
+    Args:
+      steps: all checkpoints, in order.
+      finished: those with a result.
+      size: checkpoints per chunk.
+      shard: (i, n).
+
+    Returns:
+      The steps of every chunk of this shard in which a result is missing.
+    """
+    chunks = [steps[start : start + size] for start in range(0, len(steps), size)]
+    mine = chunks[shard[0] :: shard[1]]
+    return [step for chunk in mine if not finished.issuperset(chunk) for step in chunk]
+
+
+@functools.cache
+def data_set(task, num_data: int, seed: int):
+    """The finite data set as host arrays, and its SHA-256."""
+    import jax
+
+    from llc_jax.data.regression import sample_batch
+    from llc_jax.files import digest
+
+    data = jax.device_get(sample_batch(jax.random.key(seed), task, num_data))
+    return data, digest(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(data))
+
+
+def run(config: Config, phase: str = "llc") -> None:
+    """Estimates what is missing."""
+    import jax
+
+    from llc_jax import SGLD, estimate_llc_over_checkpoints, parallel
+    from llc_jax.checkpoints import CheckpointDir
+    from llc_jax.losses import RegressionLoss
+    from llc_jax.results import finished_steps, save_estimate
+
+    folder, shard = results_folder(config), parse_shard(config.shard_checkpoints)
+    training = train_regression.load_config(config.workdir)
+    model, task = train_regression.setting(training)
+    kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
+    writer = cli.is_main()
+    with workdir.lock(folder, f"shard-{shard[0]}-of-{shard[1]}-{jax.process_index()}"):
+        done = set(finished_steps(folder))
+        steps = [s for s in kept.steps() if s in done or not kept.verify(s, ["params"])]
+        steps = parallel.from_process_zero(np.asarray(steps, np.int32)).tolist()
+        if not steps:
+            raise ValueError(
+                f"no good checkpoint in {kept.folder}: run python -m experiments.train_regression"
+                f" --workdir={config.workdir}, which also redoes damaged ones."
+            )
+        work = todo(steps, done, config.checkpoint_batch, shard)
+        work = parallel.from_process_zero(np.asarray(work, np.int32)).tolist()
+        if not work:
+            if writer and (folder / "config.json").exists():
+                workdir.settle(folder / "config.json", cli.identity(config), {})
+            cli.say(f"{phase}: all checkpoints of shard {config.shard_checkpoints} are done")
+            return
+        data, data_hash = data_set(task, config.num_data, config.data_seed)
+        if writer:
+            facts = {
+                "preset": config.preset,
+                "command": cli.command(
+                    "estimate_llc", config.preset, config, PRESETS[config.preset]
+                ),
+                "data_sha256": data_hash,
+            }
+            workdir.settle(folder / "config.json", cli.identity(config), facts)
+        provenance = {
+            "data_sha256": data_hash,
+            "train_seed": training.seed,
+            "seed": config.seed,
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            **{f"version_{name}": v for name, v in workdir.versions().items()},
+        }
+        estimates = estimate_llc_over_checkpoints(
+            jax.random.key(config.seed),
+            RegressionLoss(model),
+            ((step, kept.restore_params(step)) for step in work),
+            data,
+            sampler=SGLD(config.step_size),
+            nbeta=config.nbeta or None,
+            localization=config.localization,
+            num_chains=config.num_chains,
+            num_draws=config.num_draws,
+            num_burnin=config.num_burnin,
+            thinning=config.thinning,
+            batch_size=config.batch_size,
+            grad_accum=config.grad_accum,
+            checkpoint_batch=config.checkpoint_batch,
+            chain_batch=config.chain_batch or None,
+        )
+
+        def finish(flag):
+            for count, (step, estimate) in enumerate(estimates, 1):
+                if writer and step not in done:
+                    save_estimate(folder, step, estimate, provenance)
+                yield count, f" step {step}: {estimate.mean:.1f} ± {estimate.stderr:.1f}", None
+                if flag.signum is not None:
+                    cli.say(f"\n{phase}: stopped after step {step}; the same command continues")
+                    raise parallel.StopRequested(flag.signum)
+
+        with parallel.stop_signals() as flag:
+            for _ in cli.progress(finish(flag), phase, len(work), "checkpoints"):
+                pass
+
+
+if __name__ == "__main__":
+    cli.main(PRESETS, run)

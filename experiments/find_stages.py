@@ -1,0 +1,104 @@
+"""Finds the stages in an LLC curve.
+
+    python -m experiments.find_stages --workdir=runs/quickstart
+
+Writes `stages.json` beside the estimates. A few seconds.
+"""
+
+import dataclasses
+import math
+import pathlib
+
+from experiments import cli, estimate_llc, workdir
+from experiments.cli import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the stage finder."""
+
+    workdir: str = option("runs/quickstart", "Folder of the training run.")
+    preset: str = option("quickstart", "Name of the preset.")
+    name: str = option("llc", "Folder of the estimates within the workdir.")
+    kernel: str = option("fitted", "Smoother: fitted, or the published fixed kernel.")
+    confidence: float = option(0.95, "Least probability of a boundary.")
+
+
+def smoke() -> Config:
+    """For the smoke run."""
+    return Config(workdir="runs/smoke", preset="smoke")
+
+
+def quickstart() -> Config:
+    """For the quickstart run."""
+    return Config()
+
+
+def small() -> Config:
+    """For the small run."""
+    return Config(workdir="runs/small", preset="small")
+
+
+def paper() -> Config:
+    """For the published run."""
+    return Config(workdir="runs/paper", preset="paper")
+
+
+PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+
+
+def run(config: Config, phase: str = "stages") -> None:
+    """Finds the stages, unless `stages.json` is up to date."""
+    from llc_jax.files import digest, read_json, write_json
+    from llc_jax.results import finished_steps, load_sweep, result_path
+    from llc_jax.stages import find_plateaus, find_stages
+
+    folder = estimate_llc.results_folder(config)
+    path = folder / "stages.json"
+    inputs = digest(result_path(folder, s) for s in finished_steps(folder))
+    if path.exists():
+        old = read_json(path)
+        if old["inputs"] == inputs and old["config"] == cli.identity(config):
+            cli.say(f"{phase}: {_describe(old['stages'])} (up to date)")
+            return
+    sweep = load_sweep(folder)
+    curve = (sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values)
+    options = {"kernel": config.kernel, "confidence": config.confidence}
+    stages = [_plain(stage._asdict()) for stage in find_stages(*curve, **options)]
+    content = {
+        "config": cli.identity(config),
+        "command": cli.command("find_stages", config.preset, config, PRESETS[config.preset]),
+        "versions": workdir.versions(),
+        "inputs": inputs,
+        "stages": stages,
+        "plateaus": find_plateaus(*curve, **options),
+    }
+    write_json(path, content)
+    cli.say(f"{phase}: {_describe(stages)}")
+
+
+def load_stages(path: pathlib.Path):
+    """Reads back the list of `llc_jax.Stage`."""
+    from llc_jax.files import read_json
+    from llc_jax.stages import Stage
+
+    def restore(value):
+        if isinstance(value, list):
+            return tuple(value)
+        return math.nan if value is None else value
+
+    return [Stage(**{k: restore(v) for k, v in s.items()}) for s in read_json(path)["stages"]]
+
+
+def _plain(fields: dict) -> dict:
+    """JSON knows no nan."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
+
+
+def _describe(stages: list[dict]) -> str:
+    spans = ", ".join(f"{s['start']}-{s['end']} {s['kind']}" for s in stages)
+    return f"{len(stages)} found: {spans}"
+
+
+if __name__ == "__main__":
+    cli.main(PRESETS, run)

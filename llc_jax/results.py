@@ -1,0 +1,78 @@
+"""Estimates on disk: one self-describing netCDF file per checkpoint, gathered into one Dataset."""
+
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import xarray
+
+from llc_jax.files import write_atomic
+from llc_jax.llc import LLCEstimate
+
+# netCDF 3 through scipy: no pickle, no code, no clock inside, so equal results are equal bytes.
+_ENGINE = "scipy"
+
+
+def result_path(folder: str | os.PathLike, step: int) -> pathlib.Path:
+    """Returns where the estimate at a training step is kept."""
+    return pathlib.Path(folder) / f"{step:09d}.nc"
+
+
+def finished_steps(folder: str | os.PathLike) -> list[int]:
+    """Returns the training steps whose estimates are on disk, in increasing order."""
+    names = [p.name for p in pathlib.Path(folder).glob("*.nc")]
+    return sorted(int(n[:-3]) for n in names if re.fullmatch(r"\d{9,}\.nc", n))
+
+
+def save_estimate(
+    folder: str | os.PathLike, step: int, estimate: LLCEstimate, provenance: Mapping[str, str]
+) -> None:
+    """Writes one estimate atomically.
+
+    Args:
+      folder: where; created if missing.
+      step: training step of the checkpoint.
+      estimate: what to write, with all traces.
+      provenance: names to strings (versions, hashes), stored as attributes.
+    """
+    dataset = estimate.to_xarray().assign_attrs(provenance)
+    if not dataset.sizes.get("burnin"):
+        dataset = dataset.drop_vars("burnin_losses")  # netCDF 3 reads length 0 as "unlimited"
+    dataset = dataset.expand_dims(checkpoint=[np.int32(step)])
+    write_atomic(result_path(folder, step), bytes(dataset.to_netcdf(engine=_ENGINE)))
+
+
+def load_sweep(folder: str | os.PathLike) -> xarray.Dataset:
+    """Gathers a folder of estimates into one Dataset with dimensions checkpoint, chain, draw.
+
+    Attributes that differ between checkpoints are dropped; `checkpoint` is the training step.
+
+    Raises:
+      ValueError: if there is none, or a file cannot be read.
+    """
+    steps = finished_steps(folder)
+    if not steps:
+        raise ValueError(
+            f"no estimates in {folder}: run experiments.estimate_llc on this workdir first."
+        )
+    parts = []
+    for step in steps:
+        path = result_path(folder, step)
+        try:
+            with xarray.open_dataset(path, engine=_ENGINE) as part:
+                parts.append(part.load())
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): delete it and run the estimate again, which"
+                " recomputes only what is missing."
+            ) from error
+    sweep = xarray.concat(
+        parts, dim="checkpoint", data_vars="all", coords="minimal", compat="equals",
+        join="exact", combine_attrs="drop_conflicts",
+    )  # fmt: skip
+    if "burnin_losses" not in sweep:
+        empty = np.zeros((sweep.sizes["checkpoint"], sweep.sizes["chain"], 0), np.float32)
+        sweep["burnin_losses"] = (("checkpoint", "chain", "burnin"), empty)
+    return sweep
