@@ -135,10 +135,11 @@ def findings(
     if dead.size:
         where = ", ".join(f"chain {c} at draw {diverged_at[c]}" for c in dead[:8])
         more = f" and {dead.size - 8} more" if dead.size > 8 else ""
+        alive = num_chains - dead.size
+        rest = f"the mean is over the {alive} finite chains" if alive else "there is no estimate"
         found.append((
             f"{dead.size} of {num_chains} chains diverged",
-            f"Non-finite values in {where}{more}; the mean is over the"
-            f" {num_chains - dead.size} finite chains. Lower step_size.",
+            f"Non-finite values in {where}{more}; {rest}. Lower step_size.",
         ))  # fmt: skip
     if dead.size == num_chains:
         return found
@@ -168,7 +169,7 @@ def findings(
             " half of the draws to the second: flat directions have not reached equilibrium;"
             " lengthen the burn-in or raise localization.",
         ))  # fmt: skip
-    if d.ess < MIN_ESS:
+    if not d.ess >= MIN_ESS:  # nan as well: too few draws to tell
         found.append((
             "few effective draws",
             f"Effective sample size {d.ess:.0f} is below {MIN_ESS:.0f}: the error bar itself is"

@@ -1,0 +1,347 @@
+"""The main job end to end, and what happens when it is interrupted, damaged or misused."""
+
+import dataclasses
+import errno
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import cli, estimate_llc, find_stages, make_report, quickstart, train_regression
+from experiments import workdir as workdirs
+from llc_jax import files, results
+from llc_jax.checkpoints import CheckpointDir
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def train_config(folder, **changes):
+    return dataclasses.replace(train_regression.PRESETS["smoke"], workdir=str(folder), **changes)
+
+
+def llc_config(folder, **changes):
+    return dataclasses.replace(estimate_llc.PRESETS["smoke"], workdir=str(folder), **changes)
+
+
+def hashes(folder, pattern):
+    return {p.name: files.digest([p]) for p in sorted(pathlib.Path(folder).glob(pattern))}
+
+
+def parameters(folder):
+    kept = CheckpointDir(pathlib.Path(folder) / "checkpoints")
+    return {s: kept.restore_state(_opt_state(), s)[1:] for s in kept.steps()}
+
+
+def _opt_state():
+    from llc_jax import train
+    from llc_jax.models.regression import init_params
+
+    config = train_regression.PRESETS["smoke"]
+    model, _ = train_regression.setting(config)
+    optimizer = train.adam_one_cycle(config.learning_rate, config.num_steps)
+    return train.init_state(init_params(jax.random.key(0), model), optimizer).opt_state
+
+
+def assert_same_run(one, other):
+    a, b = parameters(one), parameters(other)
+    assert a.keys() == b.keys()
+    for step in a:
+        assert jax.tree.structure(a[step]) == jax.tree.structure(b[step])
+        for x, y in zip(jax.tree.leaves(a[step]), jax.tree.leaves(b[step]), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+def start(module, *flags):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{module}", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process, expect=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == expect, out + err
+    return out + err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished smoke run, made in this process on four virtual devices."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    quickstart.run(quickstart.Config(str(folder), "smoke"))
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return pathlib.Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_quickstart_leaves_a_complete_workdir(run):
+    steps = train_regression.schedule(train_config(run))
+    assert CheckpointDir(run / "checkpoints").steps() == steps
+    assert results.finished_steps(run / "llc") == steps
+    sweep = results.load_sweep(run / "llc")
+    assert dict(sweep.sizes) == {"checkpoint": len(steps), "chain": 4, "draw": 20, "burnin": 10}
+    # Self-describing: the estimate follows from the file alone.
+    gaps = sweep.losses.astype(float) - sweep.anchor_losses.astype(float)
+    recomputed = sweep.attrs["nbeta"] * gaps.mean(("chain", "draw"))
+    np.testing.assert_allclose(sweep.llc, recomputed, rtol=1e-12)
+    for name in ("sampler", "step_size", "localization", "data_sha256", "version_jax", "devices"):
+        assert name in sweep.attrs
+    stages = find_stages.load_stages(run / "llc" / "stages.json")
+    assert stages[0].start == steps[0]
+    assert stages[-1].end == steps[-1]
+    for name in ("report.html", "results.csv", "figures/overview.png", "figures/traces.png"):
+        assert (run / name).stat().st_size > 0
+    assert len((run / "results.csv").read_text().splitlines()) == len(steps) + 1
+
+
+def test_second_run_changes_nothing(copy, capsys):
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
+    quickstart.run(quickstart.Config(str(copy), "smoke"))
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()} == before
+    assert capsys.readouterr().out.count("done") == 2
+
+
+def test_same_command_same_bits(run, tmp_path):
+    other = tmp_path / "other"
+    train_regression.run(train_config(other))
+    estimate_llc.run(llc_config(other))
+    assert_same_run(run, other)
+    assert hashes(run / "llc", "*.nc") == hashes(other / "llc", "*.nc")
+
+
+def test_shards_add_up_to_the_whole(copy):
+    whole = hashes(copy / "llc", "*.nc")
+    shutil.rmtree(copy / "llc")
+    estimate_llc.run(llc_config(copy, shard_checkpoints="1/2"))
+    part = hashes(copy / "llc", "*.nc")
+    assert list(part) == list(whole)[1::2]
+    estimate_llc.run(llc_config(copy, shard_checkpoints="0/2"))
+    assert hashes(copy / "llc", "*.nc") == whole
+
+
+def test_resumed_chunks_are_the_chunks_they_were():
+    steps = [0, 1, 2, 3, 4, 5, 6]
+    assert estimate_llc.todo(steps, set(), 3, (0, 1)) == steps
+    assert estimate_llc.todo(steps, {0, 1, 2, 3}, 3, (0, 1)) == [3, 4, 5, 6]
+    assert estimate_llc.todo(steps, {6}, 3, (0, 2)) == [0, 1, 2]
+    assert estimate_llc.todo(steps, set(), 3, (1, 2)) == [3, 4, 5]
+    parts = [estimate_llc.todo(steps, set(), 2, (i, 3)) for i in range(3)]
+    assert sorted(step for part in parts for step in part) == steps
+
+
+def test_missing_result_is_recomputed_and_the_rest_left_alone(copy):
+    whole = hashes(copy / "llc", "*.nc")
+    times = {p.name: p.stat().st_mtime_ns for p in (copy / "llc").glob("*.nc")}
+    gone = results.result_path(copy / "llc", 15)
+    gone.unlink()
+    estimate_llc.run(llc_config(copy))
+    assert hashes(copy / "llc", "*.nc") == whole
+    changed = {p.name for p in (copy / "llc").glob("*.nc") if p.stat().st_mtime_ns != times[p.name]}
+    assert changed == {gone.name}
+
+
+def test_damaged_checkpoint_is_redone_bitwise(run, copy, caplog):
+    victim = next(p for p in (copy / "checkpoints/15/params").rglob("d/*") if p.is_file())
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    train_regression.run(train_config(copy))
+    assert "15" in caplog.text
+    assert "SHA-256" in caplog.text
+    assert (copy / "checkpoints/15.corrupt").is_dir()
+    assert_same_run(run, copy)
+
+
+def test_sweep_leaves_out_a_damaged_checkpoint(copy):
+    shutil.rmtree(copy / "llc")
+    (copy / "checkpoints/15/manifest.json").write_text("{}")
+    estimate_llc.run(llc_config(copy))
+    steps = train_regression.schedule(train_config(copy))
+    assert results.finished_steps(copy / "llc") == [s for s in steps if s != 15]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "config"),
+    [(train_regression, train_config), (estimate_llc, llc_config)],
+)
+def test_changed_settings_are_refused(copy, experiment, config):
+    with pytest.raises(ValueError, match=r"seed: \d+ before, 77 now.*--workdir"):
+        experiment.run(config(copy, seed=77))
+
+
+def test_empty_workdir(tmp_path):
+    with pytest.raises(ValueError, match="holds no training run"):
+        estimate_llc.run(llc_config(tmp_path))
+    with pytest.raises(ValueError, match="no estimates"):
+        find_stages.run(find_stages.Config(str(tmp_path)))
+
+
+def test_unreadable_result(copy):
+    path = results.result_path(copy / "llc", 15)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{path.name}.*delete it"):
+        find_stages.run(find_stages.Config(str(copy), "smoke"))
+
+
+@pytest.mark.parametrize("text", ["2/2", "a/b", "1", "-1/2", "1/0"])
+def test_shard_syntax(copy, text):
+    with pytest.raises(ValueError, match="i/n"):
+        estimate_llc.run(llc_config(copy, shard_checkpoints=text))
+
+
+def test_workdir_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--workdir"):
+        train_regression.run(train_config(tmp_path / "file"))
+
+
+def test_one_writer_at_a_time(copy):
+    with workdirs.lock(copy, "train"), pytest.raises(RuntimeError, match="another process"):
+        train_regression.run(train_config(copy))
+
+
+def test_full_disk_stops_cleanly_and_the_same_command_completes(copy, monkeypatch):
+    whole = hashes(copy / "llc", "*.nc")
+    for step in (15, 30):
+        results.result_path(copy / "llc", step).unlink()
+    real = os.fsync
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"no space left to write .*bytes free"):
+        estimate_llc.run(llc_config(copy))
+    monkeypatch.undo()
+    left = hashes(copy / "llc", "*.nc")
+    assert len(left) == len(whole) - 1
+    assert left.items() <= whole.items()
+    assert not list((copy / "llc").glob("*.tmp"))
+    estimate_llc.run(llc_config(copy))
+    assert hashes(copy / "llc", "*.nc") == whole
+
+
+def test_torn_metrics_line_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert workdirs.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    workdirs.rewind_jsonl(path, 1)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_command_reproduces_the_config():
+    base = estimate_llc.PRESETS["smoke"]
+    config = dataclasses.replace(base, workdir="a b", num_draws=7, seed=3)
+    line = cli.command("estimate_llc", "smoke", config, base)
+    assert line == (
+        "python -m experiments.estimate_llc --preset=smoke '--workdir=a b' --seed=3 --num_draws=7"
+    )
+
+
+def test_report_is_remade_when_the_estimates_change(copy):
+    page = copy / "report.html"
+    before = page.stat().st_mtime_ns
+    results.result_path(copy / "llc", 30).unlink()
+    find_stages.run(find_stages.Config(str(copy), "smoke"))
+    make_report.run(make_report.Config(str(copy), "smoke"))
+    assert page.stat().st_mtime_ns > before
+
+
+def test_flags_reach_the_config_and_errors_are_one_line(tmp_path):
+    text = finish(start("estimate_llc", f"--workdir={tmp_path}", "--num_draws=0"), expect=1)
+    assert text.splitlines()[-1].startswith("ValueError: ")
+    assert "Traceback" not in text
+    text = finish(start("estimate_llc", "--num_drawz=3"), expect=1)
+    assert "num_drawz" in text
+
+
+SLOWED = ("--num_steps=400", "--block=5", "--num_log=12", "--num_linear=20")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kill") / "uninterrupted"
+    finish(start("train_regression", "--preset=smoke", f"--workdir={folder}", *SLOWED))
+    finish(start("estimate_llc", "--preset=smoke", f"--workdir={folder}"))
+    return folder
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_9_leaves_no_trace(uninterrupted, seed):
+    """Training and the sweep, killed at a random moment and run again, end bitwise the same."""
+    rng = np.random.default_rng(seed)
+    folder = uninterrupted.with_name(f"killed-{seed}")
+    train = ("train_regression", "--preset=smoke", f"--workdir={folder}", *SLOWED)
+    sweep = ("estimate_llc", "--preset=smoke", f"--workdir={folder}")
+    for command, watched in ((train, "checkpoints/*/manifest.json"), (sweep, "llc/*.nc")):
+        process = start(*command)
+        some = int(rng.integers(1, 12))
+        while len(list(folder.glob(watched))) < some and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "finished before the kill: slow it down"
+        before = {p: p.stat().st_mtime_ns for p in folder.glob(watched)}
+        finish(start(*command))
+        assert {p: p.stat().st_mtime_ns for p in before} == before, "finished work was redone"
+    assert hashes(folder / "llc", "*.nc") == hashes(uninterrupted / "llc", "*.nc")
+    a, b = (f / "metrics.jsonl" for f in (folder, uninterrupted))
+    assert a.read_bytes() == b.read_bytes()
+    last = [CheckpointDir(f / "checkpoints").restore_params(400) for f in (folder, uninterrupted)]
+    jax.tree.map(np.testing.assert_array_equal, *last)
+
+
+def test_sigterm_saves_and_the_same_command_continues(uninterrupted):
+    folder = uninterrupted.with_name("stopped")
+    command = ("train_regression", "--preset=smoke", f"--workdir={folder}", *SLOWED)
+    process = start(*command)
+    while not (folder / "metrics.jsonl").exists() or not workdirs.read_jsonl(
+        folder / "metrics.jsonl"
+    ):
+        time.sleep(0.01)
+    process.terminate()
+    assert "the same command continues" in finish(process, expect=128 + signal.SIGTERM)
+    assert "continuing from step" in finish(start(*command))
+    a, b = (f / "metrics.jsonl" for f in (folder, uninterrupted))
+    assert a.read_bytes() == b.read_bytes()
+    assert not (folder / "stopped").exists()
+
+
+def test_two_processes_get_the_numbers_of_one(run, copy):
+    """Two processes with two devices each, over loopback, against this one with four: bitwise."""
+    if len(os.sched_getaffinity(0)) != 2 or jax.device_count() != 4:
+        pytest.skip("needs two cores, so that two processes have the four devices of this one")
+    whole = hashes(run / "llc", "*.nc")
+    shutil.rmtree(copy / "llc")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        start("estimate_llc", "--preset=smoke", f"--workdir={copy}", "--multihost",
+              f"--coordinator={address}", "--num_processes=2", f"--process_id={i}")
+        for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        finish(process)
+    found = results.load_sweep(copy / "llc")
+    expected = results.load_sweep(run / "llc")
+    for name in ("llc", "losses", "anchor_losses", "distance", "acceptance"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    assert hashes(copy / "llc", "*.nc").keys() == whole.keys()
