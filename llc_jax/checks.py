@@ -18,13 +18,15 @@ def at_least(name: str, value: int, minimum: int, remedy: str = "") -> None:
 
 def nonnegative(name: str, value: float) -> None:
     """Checks that a number is finite and >= 0."""
-    if not np.ndim(value) == 0 or not np.isfinite(value) or value < 0:
+    number = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iuf"
+    if not number or not np.isfinite(value) or value < 0:
         raise ValueError(f"{name}={value!r}: give one finite number >= 0.")
 
 
 def hyperparameters(sampler: Sampler) -> None:
     """Checks that a sampler is an instance with positive, finite scalars."""
-    if not (hasattr(sampler, "_asdict") and hasattr(sampler, "step")):
+    methods = hasattr(sampler, "_asdict") and hasattr(sampler, "step")
+    if isinstance(sampler, type) or not methods:
         raise ValueError(
             f"sampler={sampler!r}: give an instance such as llc_jax.SGLD(step_size=1e-4)."
         )

@@ -398,7 +398,7 @@ def summarize(
       plan: the sizes of the run.
       settings: stored in the estimate.
     """
-    healthy = np.isfinite(trace.losses) & np.isfinite(trace.distance)
+    healthy = np.isfinite([trace.losses, trace.anchor_losses, trace.distance]).all(axis=0)
     diverged_at = np.where(healthy.all(axis=1), -1, np.argmin(healthy, axis=1))
     finite = diverged_at < 0
     after = slice(plan.num_burnin, None)

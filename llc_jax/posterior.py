@@ -104,12 +104,14 @@ def apply_mask(mask: Params | None, tree: Params) -> Params:
     """Zeroes what the mask excludes; a select, so that an excluded NaN does not leak."""
     if mask is None:
         return tree
-    return jax.tree.map(lambda m, x: jnp.where(m != 0, x, jnp.zeros_like(x)), mask, tree)
+    return jax.tree.map(
+        lambda m, x: jnp.where(jnp.asarray(m, bool), x, jnp.zeros_like(x)), mask, tree
+    )
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Widens half precision; sums and small steps need the digits."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32)
 
 
 def standard_normal_like(rng_key: jax.Array, tree: Params) -> Params:
@@ -119,7 +121,7 @@ def standard_normal_like(rng_key: jax.Array, tree: Params) -> Params:
     leaves (12 s instead of 1 s for a small transformer on a CPU).
     """
     leaves, structure = jax.tree.flatten(tree)
-    widest = jnp.result_type(*[leaf.dtype for leaf in leaves])
+    widest = max((leaf.dtype for leaf in leaves), key=lambda dtype: jnp.finfo(dtype).bits)
     flat = jax.random.normal(rng_key, (sum(leaf.size for leaf in leaves),), widest)
     ends = [int(end) for end in np.cumsum([leaf.size for leaf in leaves])]
     pieces = jnp.split(flat, ends[:-1])

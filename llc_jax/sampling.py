@@ -117,7 +117,6 @@ def sample_chain(
       A `Trace` over burn-in and draws. The first recorded draw of a chain with `thinning=1` is
       the anchor itself.
     """
-
     probes = plan.probe_draws() if hasattr(sampler, "log_acceptance") else range(0)
 
     def minibatch(key):

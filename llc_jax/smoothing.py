@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import linalg, optimize
+from scipy import linalg
 
 Kernel = Literal["fitted", "published"]
 
@@ -262,7 +262,9 @@ def _maximise_evidence(
     shortest = span * max(gaps / (u.size - 1), 1.0 / 30.0)
     log_bounds = np.log([(shortest, 2.0 * span), (1e-2, 1e2), (1e-3, 2.0)])
 
-    def fit(start: np.ndarray, bounds: np.ndarray) -> optimize.OptimizeResult:
+    from scipy import optimize  # half a second that `import llc_jax` need not spend
+
+    def fit(start: np.ndarray, bounds: np.ndarray):
         args = (u, y, variance)
         return optimize.minimize(_negative_evidence, start, args, jac=True, bounds=bounds)
 

@@ -7,11 +7,11 @@ posterior distribution of the slope, kept if the data make it probable.
 """
 
 import itertools
+import statistics
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special
 
 from llc_jax.smoothing import CurvePosterior, Kernel, fit_curve
 
@@ -238,7 +238,7 @@ def _stages(
     delta = np.diff(mean)
     variance = np.diff(np.diff(cov, axis=0), axis=1).diagonal()
     stderr = np.sqrt(np.maximum(variance, 0.0))
-    clear = np.abs(delta) > special.ndtri(0.5 + 0.5 * confidence) * stderr
+    clear = np.abs(delta) > statistics.NormalDist().inv_cdf(0.5 + 0.5 * confidence) * stderr
     kind = np.where(clear, np.where(delta > 0, "rise", "fall"), "flat")
     rows = zip(cuts[:-1], cuts[1:], kind, delta, stderr, delta / np.diff(u), strict=True)
     return [

@@ -1,0 +1,32 @@
+"""Loss functions of the models in this package, in the form every estimator expects."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llc_jax.models import regression
+from llc_jax.types import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionLoss:
+    """Squared error of the in-context predictions, averaged over the K positions.
+
+    Equal and equally hashed for equal models, so it can be a static argument of `jax.jit`.
+    Source: the empirical loss of Hoogland et al. 2024, arXiv 2402.02364.
+
+    Attributes:
+      model: the transformer whose parameters are passed in.
+    """
+
+    model: regression.RegressionTransformer
+
+    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns mean_k (yhat_k - y_k)^2 for each sequence, float32 [B]."""
+        return jnp.mean(self.per_token(params, batch), axis=-1)
+
+    def per_token(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns (yhat_k - y_k)^2 of each position, float32 [B, K], in units of y squared."""
+        errors_BxK = regression.predictions(self.model, params, batch) - batch["y"]
+        return errors_BxK.astype(jnp.float32) ** 2

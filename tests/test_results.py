@@ -1,0 +1,92 @@
+"""Estimates survive the disk bit for bit, and bad files are named."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llc_jax
+from llc_jax import files, results
+
+
+def quadratic(params, batch):
+    return 0.5 * jnp.sum(params["w"] ** 2) + 0.0 * batch
+
+
+def estimates(num_burnin):
+    return llc_jax.estimate_llc_over_checkpoints(
+        jax.random.key(0),
+        quadratic,
+        {0: {"w": jnp.zeros(3)}, 700: {"w": jnp.ones(3)}},
+        jnp.zeros(8),
+        sampler=llc_jax.SGLD(1e-2),
+        localization=1.0,
+        nbeta=10.0,
+        num_draws=12,
+        num_burnin=num_burnin,
+    )
+
+
+@pytest.mark.parametrize("num_burnin", [0, 5])
+def test_round_trip(tmp_path, num_burnin):
+    kept = dict(estimates(num_burnin))
+    for step, estimate in kept.items():
+        results.save_estimate(tmp_path, step, estimate, {"origin": "a λ test"})
+    sweep = results.load_sweep(tmp_path)
+    assert sweep.checkpoint.values.tolist() == [0, 700] == results.finished_steps(tmp_path)
+    assert sweep.attrs["origin"] == "a λ test"
+    assert sweep.attrs["nbeta"] == 10.0
+    for step, estimate in kept.items():
+        one = sweep.sel(checkpoint=step)
+        for name in ("losses", "anchor_losses", "burnin_losses", "distance", "per_chain"):
+            np.testing.assert_array_equal(one[name], getattr(estimate, name))
+        assert one.llc == estimate.mean
+        assert one.stderr == estimate.stderr
+        assert one.verdict == estimate.verdict
+        assert str(one.warnings.values) == "\n".join(estimate.warnings)
+
+
+def test_equal_results_are_equal_bytes(tmp_path):
+    for folder in ("a", "b"):
+        for step, estimate in estimates(5):
+            results.save_estimate(tmp_path / folder, step, estimate, {})
+    for step in (0, 700):
+        a, b = (results.result_path(tmp_path / f, step).read_bytes() for f in ("a", "b"))
+        assert a == b
+
+
+def test_only_result_files_count(tmp_path):
+    (tmp_path / "notes.nc").write_text("")
+    (tmp_path / ".000000001.nc.77.tmp").write_text("")
+    assert results.finished_steps(tmp_path) == []
+    with pytest.raises(ValueError, match="no estimates"):
+        results.load_sweep(tmp_path)
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    files.write_atomic(path, "old")
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="bytes free") as caught:
+        files.write_atomic(path, "new")
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_digest_tells_parts_apart(tmp_path):
+    assert files.digest([b"ab", b"c"]) != files.digest([b"a", b"bc"])
+    assert files.digest([tmp_path / "none"]) == files.digest([b"absent"])
+
+
+def test_bad_json_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
+        files.read_json(tmp_path / "x.json")
