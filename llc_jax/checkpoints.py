@@ -15,9 +15,6 @@ the manifest: every restore hashes the files it is going to read first.
 
 import contextlib
 import errno
-import hashlib
-import importlib.metadata
-import json
 import logging
 import os
 import pathlib
@@ -29,11 +26,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from llc_jax import checks
+from llc_jax import checks, manifests
 from llc_jax.types import Params
 
 ITEMS = ("params", "opt_state")
-_MANIFEST = "manifest.json"
 
 _log = logging.getLogger(__name__)
 
@@ -135,9 +131,9 @@ class CheckpointDir:
                 temporary.mkdir()
                 for item, tree in zip(ITEMS, trees, strict=True):
                     _orbax_save(temporary / item, tree)
-                _write_manifest(temporary, step)
+                manifests.write_manifest(temporary, step)
                 os.rename(temporary, final)
-                _sync(self.folder)
+                manifests.sync(self.folder)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)  # it would keep a full disk full
                 raise
@@ -147,7 +143,7 @@ class CheckpointDir:
 
         Changes nothing. Damage in `items` that are not asked for goes unnoticed.
         """
-        return _problems(self._path(step), tuple(items))
+        return manifests.find_problems(self._path(step), tuple(items))
 
     def latest_good(self) -> int | None:
         """Returns the newest step that verifies, or None if nothing was ever committed.
@@ -254,93 +250,6 @@ class CheckpointDir:
         _log.warning("checkpoint %s is damaged and %s: %s", path, fate, "; ".join(problems))
 
 
-def _write_manifest(folder: pathlib.Path, step: int) -> None:
-    """Hashes all files of a finished step and puts everything on the disk."""
-    files = {}
-    for name, path in _files(folder).items():
-        files[name] = {"sha256": _sha256(path), "size": path.stat().st_size}
-        _sync(path)
-    content = {"files": files, "step": step, "versions": _versions()}
-    path = folder / _MANIFEST
-    path.write_text(_manifest_text(content), encoding="utf-8")
-    _sync(path)
-    for directory, _, _ in os.walk(folder):
-        _sync(directory)
-
-
-def _problems(folder: pathlib.Path, items: tuple[str, ...]) -> list[str]:
-    """Compares the files of some items with the manifest."""
-    try:
-        text = (folder / _MANIFEST).read_bytes()
-        content = json.loads(text)
-        content.pop("sha256")
-        if _manifest_text(content).encode() != text:
-            return [f"{_MANIFEST} does not match its own hash"]
-        listed = {name: (file["size"], file["sha256"]) for name, file in content["files"].items()}
-        if content["step"] != int(folder.name):
-            return [f"{_MANIFEST} belongs to step {content['step']}"]
-    except (FileNotFoundError, NotADirectoryError):
-        return [f"{_MANIFEST} is missing"]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return [f"{_MANIFEST} is not a manifest"]
-    wanted = {name for name in listed if name.split("/")[0] in items}
-    found = {name: path for name, path in _files(folder).items() if name.split("/")[0] in items}
-    problems = [f"{name} is missing" for name in sorted(wanted - set(found))]
-    # Dot files come from file managers and network file systems; Orbax reads none.
-    extra = [name for name in set(found) - wanted if not name.split("/")[-1].startswith(".")]
-    problems += [f"{name} is not in the manifest" for name in sorted(extra)]
-    for name in sorted(wanted & set(found)):
-        problems += _file_problems(name, found[name], *listed[name])
-    return problems
-
-
-def _file_problems(name: str, path: pathlib.Path, size: int, sha256: str) -> list[str]:
-    try:
-        if not path.is_file() or path.is_symlink():
-            return [f"{name} is not a regular file"]
-        if (found := path.stat().st_size) != size:
-            return [f"{name} has {found} bytes instead of {size}"]
-        if _sha256(path) != sha256:
-            return [f"{name} has the right size but another SHA-256: its content changed"]
-    except OSError as error:
-        if error.errno not in (errno.EIO, errno.ENOENT):
-            raise  # no permission, say: a matter of access, not of damage
-        return [f"{name} cannot be read: {error.strerror}"]
-    return []
-
-
-def _manifest_text(content: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True) + "\n"
-
-
-def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """All files below a folder by relative name with forward slashes; links are not followed."""
-    return {
-        path.relative_to(folder).as_posix(): path
-        for directory, _, names in os.walk(folder)
-        for path in (pathlib.Path(directory, name) for name in names)
-    }
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: str | os.PathLike) -> None:
-    """Waits until a file's content or a folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint")}
-
-
 def _checkpointer():
     """A synchronous Orbax checkpointer that waits for no other process."""
     import orbax.checkpoint as ocp  # half a second, and not needed to list or verify steps
@@ -374,7 +283,7 @@ def _orbax_restore(path: pathlib.Path, like: Any) -> Any:
             ) from error
         raise CheckpointError(
             f"the files of {path} are intact but Orbax {ocp.__version__} cannot read them "
-            f"({type(error).__name__}: {''.join(reason)}); {_MANIFEST} names the version that "
+            f"({type(error).__name__}: {''.join(reason)}); {manifests.NAME} names the version that "
             "wrote them."
         ) from error
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from llc_jax import checkpoints
+from llc_jax import checkpoints, manifests
 from llc_jax.checkpoints import CheckpointDir, CheckpointError, checkpoint_steps
 
 OPTIMIZER = optax.adam(optax.linear_schedule(1e-2, 1e-3, 10))
@@ -326,7 +326,7 @@ def test_unreadable_but_intact_files_are_explained(directory):
     (directory.folder / "20" / "params").mkdir()
     (directory.folder / "20" / "params" / "_METADATA").write_text("not json")
     (directory.folder / "20" / "manifest.json").unlink()
-    checkpoints._write_manifest(directory.folder / "20", 20)
+    manifests.write_manifest(directory.folder / "20", 20)
     with pytest.raises(CheckpointError, match=r"intact but Orbax [\d.]+ cannot read them"):
         directory.restore_params(20)
     assert directory.steps() == [0, 10, 20]
@@ -343,7 +343,7 @@ KILLED_SAVE = """
     directory = checkpoints.CheckpointDir(folder, writer=True)
     params, opt_state = {"w": np.ones(1000, np.float32)}, (np.zeros(3, np.float32),)
     directory.save(1, params, opt_state)
-    owner = {"_orbax_save": checkpoints, "_write_manifest": checkpoints, "rename": checkpoints.os}
+    owner = {"_orbax_save": checkpoints, "rename": checkpoints.os}
     original = getattr(owner[hook], hook)
 
     def sleep_in(path, *rest):
@@ -351,8 +351,6 @@ KILLED_SAVE = """
             return original(path, *rest)
         if hook == "rename" and not str(path).endswith("2.tmp"):
             return original(path, *rest)  # Orbax renames as well
-        if hook == "_write_manifest":
-            original(path, *rest)
         pathlib.Path(folder, "asleep").touch()
         time.sleep(600)
 
