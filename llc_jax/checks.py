@@ -94,7 +94,7 @@ def rows(data: Batch, size: int) -> Batch:
 
 def params(tree: Params, step: int, template: Params | None = None) -> Params:
     """Checks one checkpoint and returns its shapes and dtypes."""
-    if not 0 <= step < 2**32:
+    if not hasattr(step, "__index__") or not 0 <= step < 2**32:
         raise ValueError(f"checkpoint step {step}: give a training step from 0 to 2**32 - 1.")
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -336,7 +335,7 @@ def estimate_llc_over_checkpoints(
         yield chunk
 
     def run() -> Iterator[tuple[int, LLCEstimate]]:
-        as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
+        as_float = functools.partial(np.asarray, dtype=np.float32)
         shared = parallel.place(
             (rng_key, None if stream else data, jax.tree.map(as_float, sampler),
              as_float(nbeta), as_float(localization), mask),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -52,11 +53,7 @@ def _opt_state():
 
 def assert_same_run(one, other):
     a, b = parameters(one), parameters(other)
-    assert a.keys() == b.keys()
-    for step in a:
-        assert jax.tree.structure(a[step]) == jax.tree.structure(b[step])
-        for x, y in zip(jax.tree.leaves(a[step]), jax.tree.leaves(b[step]), strict=True):
-            np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(a, b, strict=True)
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
@@ -77,7 +74,7 @@ def finish(process, expect=0):
 def run(tmp_path_factory):
     """A finished smoke run, made in this process on four virtual devices."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    quickstart.run(quickstart.Config(str(folder), "smoke"))
+    quickstart.run(quickstart.Config(workdir=str(folder), preset="smoke"))
     return folder
 
 
@@ -108,7 +105,7 @@ def test_quickstart_leaves_a_complete_workdir(run):
 
 def test_second_run_changes_nothing(copy, capsys):
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
-    quickstart.run(quickstart.Config(str(copy), "smoke"))
+    quickstart.run(quickstart.Config(workdir=str(copy), preset="smoke"))
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()} == before
     assert capsys.readouterr().out.count("done") == 2
 
@@ -305,7 +302,7 @@ def test_kill_9_leaves_no_trace(uninterrupted, seed):
     a, b = (f / "metrics.jsonl" for f in (folder, uninterrupted))
     assert a.read_bytes() == b.read_bytes()
     last = [CheckpointDir(f / "checkpoints").restore_params(400) for f in (folder, uninterrupted)]
-    jax.tree.map(np.testing.assert_array_equal, *last)
+    chex.assert_trees_all_equal(*last, strict=True)
 
 
 def test_sigterm_saves_and_the_same_command_continues(uninterrupted):

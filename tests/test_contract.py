@@ -1,0 +1,320 @@
+"""What every sampler must satisfy, one table of samplers times properties."""
+
+import inspect
+import logging
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.errors import KeyReuseError
+
+from llc_jax import SGLD, Stream, estimate_llc, estimate_llc_over_checkpoints
+from llc_jax.posterior import evaluate
+from llc_jax.sampling import sample
+from llc_jax.types import Evaluation
+
+SAMPLERS = [
+    SGLD(1e-2),
+]
+
+each_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+
+PARAMS = {
+    "matrix": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2),
+    "half": jnp.linspace(0.5, 2.0, 4, dtype=jnp.bfloat16),
+    "scalar": np.float32(0.75),
+}
+ANCHOR = jax.tree.map(lambda x: x * 0, PARAMS)
+
+
+def loss_of_all(params, batch):
+    wide = [jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(params)]
+    return batch * (0.5 * sum(wide) + jnp.sin(params["scalar"]))
+
+
+def posterior(mask=None):
+    def at(params):
+        scalars = jnp.float32(5.0), jnp.float32(1.0)
+        return evaluate(loss_of_all, params, jnp.ones(2), ANCHOR, *scalars, mask)
+
+    return at
+
+
+def describe(tree):
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def assert_close(found, expected):
+    def check(a, b):
+        # Half-precision weights may round the other way under another fusion.
+        tolerance = 2**-7 if a.dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=1e-6
+        )
+
+    jax.tree.map(check, found, expected)
+
+
+# --- the two methods --------------------------------------------------------------------------
+
+
+@each_sampler
+def test_is_a_named_tuple_of_numbers_with_two_methods(sampler):
+    assert isinstance(sampler, tuple)
+    assert sampler._fields
+    assert all(jnp.ndim(value) == 0 for value in sampler)
+    assert jax.tree.leaves(sampler) == list(sampler)  # a pytree whose leaves are its numbers
+    assert list(inspect.signature(sampler.init).parameters) == ["params"]
+    step = inspect.signature(sampler.step).parameters
+    assert list(step) == ["rng_key", "state", "evaluate", "mask"]
+
+
+@each_sampler
+def test_a_chain_starts_where_it_is_told(sampler):
+    state = sampler.init(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+
+
+@each_sampler
+def test_a_step_returns_the_evaluation_of_the_point_before_it(sampler):
+    state, here = sampler.step(jax.random.key(0), sampler.init(PARAMS), posterior(), None)
+    assert isinstance(here, Evaluation)
+    jax.tree.map(np.testing.assert_array_equal, here, posterior()(PARAMS))
+    moved = jax.tree.map(lambda a, b: np.any(np.asarray(a) != b), state.params, PARAMS)
+    assert all(jax.tree.leaves(moved))
+
+
+@each_sampler
+def test_state_keeps_its_shapes_and_dtypes(sampler):
+    state = sampler.init(PARAMS)
+    for seed in range(2):
+        new, _ = sampler.step(jax.random.key(seed), state, posterior(), None)
+        assert describe(new) == describe(state)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        state = new
+    assert describe(state.params) == describe(PARAMS)
+
+
+@each_sampler
+def test_one_key_one_step(sampler):
+    def first(seed):
+        return sampler.step(jax.random.key(seed), sampler.init(PARAMS), posterior(), None)[0]
+
+    jax.tree.map(np.testing.assert_array_equal, first(0), first(0))
+    assert np.all(np.asarray(first(0).params["matrix"]) != first(1).params["matrix"])
+
+
+@each_sampler
+def test_runs_under_jit_vmap_and_scan(sampler):
+    def chain(key):
+        def step(state, t):
+            state, here = sampler.step(jax.random.fold_in(key, t), state, posterior(), None)
+            return state, here.loss
+
+        return jax.lax.scan(step, sampler.init(PARAMS), jnp.arange(4))
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = jax.jit(jax.vmap(chain))(keys)
+    state, losses = sampler.init(PARAMS), []
+    for t in range(4):
+        state, here = sampler.step(jax.random.fold_in(keys[1], t), state, posterior(), None)
+        losses.append(here.loss)
+    assert_close(jax.tree.map(lambda x: x[1], together), (state, jnp.stack(losses)))
+
+
+@each_sampler
+def test_a_grid_of_settings_is_a_vmap(sampler):
+    def first(one):
+        return one.step(jax.random.key(0), one.init(PARAMS), posterior(), None)[0].params
+
+    grid = jax.tree.map(
+        lambda value: jnp.stack([jnp.float32(value), jnp.float32(value) / 2]), sampler
+    )
+    together = jax.vmap(first)(grid)
+    for i in range(2):
+        alone = first(jax.tree.map(lambda value, i=i: value[i], grid))
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone)
+    assert np.any(np.asarray(together["matrix"][0]) != together["matrix"][1])
+
+
+@each_sampler
+def test_masked_weights_do_not_move(sampler):
+    mask = {"matrix": np.array([[1, 0], [0, 1], [1, 0]]), "half": 0, "scalar": 1}
+    state = sampler.init(PARAMS)
+    for seed in range(3):
+        state, _ = sampler.step(jax.random.key(seed), state, posterior(mask), mask)
+    same = jax.tree.map(lambda a, b: np.asarray(a) == np.asarray(b), state.params, PARAMS)
+    np.testing.assert_array_equal(same["matrix"], mask["matrix"] == 0)
+    assert same["half"].all()
+    assert not same["scalar"]
+
+
+@each_sampler
+def test_the_way_back_has_the_inverse_metropolis_ratio(sampler):
+    if not hasattr(sampler, "log_acceptance"):
+        pytest.skip("not a Metropolis proposal")
+    start = {k: jnp.asarray(v, jnp.float32) for k, v in PARAMS.items()}
+    end = jax.tree.map(lambda x: 0.9 * x + 0.05, start)
+    here, there = posterior()(start), posterior()(end)
+    anchor = jax.tree.map(lambda x: x.astype(jnp.float32), ANCHOR)
+
+    def energy(params, evaluation):
+        away = jax.tree.map(jnp.subtract, params, anchor)
+        return 5.0 * evaluation.loss + 0.5 * optax.tree.vdot(away, away)
+
+    change = energy(end, there) - energy(start, here)
+    move = jax.tree.map(jnp.subtract, end, start)
+    forth = sampler.log_acceptance(change, move, here, there)
+    back = sampler.log_acceptance(-change, jax.tree.map(jnp.negative, move), there, here)
+    assert abs(float(forth)) > 1e-4
+    np.testing.assert_allclose(forth, -back, atol=1e-5)
+
+
+# --- the sampling program ---------------------------------------------------------------------
+
+
+def example_losses(params, batch):
+    return 0.5 * jnp.sum((params["w"][None] - batch) ** 2, axis=-1)
+
+
+DATA = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+WEIGHTS = {"w": np.zeros(5, np.float32)}
+PLAN = {"num_chains": 4, "num_draws": 6, "num_burnin": 2, "batch_size": 4}
+
+
+def compiled(caplog):
+    return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+
+
+@each_sampler
+def test_ten_checkpoints_three_settings_and_a_second_call_compile_once(sampler, caplog):
+    checkpoints = [(step, {"w": np.full(5, step, np.float32)}) for step in range(10)]
+
+    def sweep(seed, nbeta):
+        for scale in (1.0, 0.5, 0.25):
+            setting = jax.tree.map(lambda value, scale=scale: value * scale, sampler)
+            estimates = estimate_llc_over_checkpoints(
+                jax.random.key(seed), example_losses, checkpoints, DATA, sampler=setting,
+                nbeta=nbeta, localization=1.0 + scale, checkpoint_batch=4, **PLAN,
+            )  # fmt: skip
+            assert len(list(estimates)) == 10
+
+    before = sample._cache_size()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        sweep(0, 30.0)
+        programs = [line for line in compiled(caplog) if "jit(sample)" in line]
+        assert len(programs) == 1
+        caplog.clear()
+        sweep(1, 60.0)
+        assert compiled(caplog) == []
+    assert sample._cache_size() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "thinning"),
+    [*((sampler, 1) for sampler in SAMPLERS), (SAMPLERS[0], 2)],
+    ids=lambda x: x if isinstance(x, int) else type(x).__name__,
+)
+def test_no_key_is_used_twice_in_an_estimate(sampler, thinning):
+    with jax.debug_key_reuse(True):
+        estimate = estimate_llc(
+            jax.random.key(0), example_losses, WEIGHTS, DATA, sampler=sampler, nbeta=10.0,
+            localization=1.0, thinning=thinning, **PLAN,
+        )  # fmt: skip
+    assert estimate.num_finite == 4
+    assert estimate.settings["sampler"] == type(sampler).__name__
+    for name, value in sampler._asdict().items():
+        assert estimate.settings[name] == value
+    assert np.isfinite(estimate.acceptance).all() == hasattr(sampler, "log_acceptance")
+
+
+class Reuser(NamedTuple):
+    """SGLD that draws its noise twice from one key."""
+
+    step_size: float
+
+    def init(self, params):
+        return SGLD(self.step_size).init(params)
+
+    def step(self, rng_key, state, evaluate, mask):
+        state, _ = SGLD(self.step_size).step(rng_key, state, evaluate, mask)
+        return SGLD(self.step_size).step(rng_key, state, evaluate, mask)
+
+
+def reusing_rows(rng_key):
+    return jax.random.normal(rng_key, (4, 5)) + jax.random.uniform(rng_key, (4, 5))
+
+
+@pytest.mark.parametrize("planted", ["sampler", "stream"])
+def test_a_planted_reuse_of_keys_is_caught(planted):
+    data = Stream(reusing_rows) if planted == "stream" else DATA
+    plan = {**PLAN, "batch_size": None if planted == "stream" else 4}
+    sampler = Reuser(1e-2) if planted == "sampler" else SGLD(1e-2)
+    with jax.debug_key_reuse(True), pytest.raises(KeyReuseError):
+        estimate_llc(
+            jax.random.key(0), example_losses, WEIGHTS, data, sampler=sampler, nbeta=10.0,
+            localization=1.0, **plan,
+        )  # fmt: skip
+
+
+# --- models of any make -----------------------------------------------------------------------
+
+INPUTS = np.random.default_rng(1).normal(size=(12, 3)).astype(np.float32)
+TARGETS = np.random.default_rng(2).normal(size=(12, 2)).astype(np.float32)
+KERNEL = np.random.default_rng(3).normal(size=(3, 2)).astype(np.float32)
+BIAS = np.array([0.5, -0.25], np.float32)
+
+LINEN = nn.Dense(2)
+GRAPH, STATE = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+
+
+def squares(outputs, batch):
+    return jnp.sum((outputs - batch["y"]) ** 2, axis=-1)
+
+
+def linen_loss(params, batch):
+    return squares(LINEN.apply(params, batch["x"]), batch)
+
+
+def nnx_loss(params, batch):
+    return squares(nnx.merge(GRAPH, params)(batch["x"]), batch)
+
+
+def dict_loss(params, batch):
+    return squares(batch["x"] @ params["kernel"] + params["bias"][None], batch)
+
+
+def state_with_our_weights():
+    weights = {"bias": BIAS, "kernel": KERNEL}
+    leaves, structure = jax.tree.flatten(STATE)
+    assert [leaf.shape for leaf in leaves] == [w.shape for w in jax.tree.leaves(weights)]
+    return jax.tree.unflatten(structure, jax.tree.leaves(weights))
+
+
+def test_linen_nnx_and_plain_models_give_the_same_numbers():
+    weights = {"bias": BIAS, "kernel": KERNEL}
+    makes = {
+        "linen": (linen_loss, {"params": weights}),
+        "nnx": (nnx_loss, state_with_our_weights()),
+        "dict": (dict_loss, weights),
+    }
+    estimates = {
+        make: estimate_llc(
+            jax.random.key(0), loss, params, {"x": INPUTS, "y": TARGETS}, sampler=SAMPLERS[0],
+            nbeta=5.0, localization=1.0, num_probes=0, **PLAN,
+        )
+        for make, (loss, params) in makes.items()
+    }  # fmt: skip
+    for make in ("linen", "nnx"):
+        for field in ("losses", "anchor_losses", "distance", "init_loss"):
+            np.testing.assert_allclose(
+                getattr(estimates[make], field), getattr(estimates["dict"], field), rtol=1e-5,
+                err_msg=f"{make} {field}",
+            )  # fmt: skip
+    initial = np.mean(np.sum((INPUTS.astype(float) @ KERNEL + BIAS - TARGETS) ** 2, axis=1))
+    assert estimates["dict"].init_loss == pytest.approx(initial, rel=1e-5)
