@@ -16,6 +16,16 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+@dataclasses.dataclass(frozen=True)
+class Pod:
+    """Flags of experiments that can run as several processes."""
+
+    multihost: bool = option(False, "Join the processes of a pod before anything else.")
+    coordinator: str = option("", "host:port of process 0; detected on TPU pods and SLURM.")
+    num_processes: int = option(1, "Processes in all, with --coordinator.")
+    process_id: int = option(0, "This process, from 0, with --coordinator.")
+
+
 def command(module: str, preset: str, config: Any, base: Any) -> str:
     """The command that reproduces `config`: the preset and every flag that departs from it."""
     words = ["python", "-m", f"experiments.{module}", f"--preset={preset}"]
@@ -72,6 +82,9 @@ def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "qu
             if flags.FLAGS.debug:
                 raise
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            if "RESOURCE_EXHAUSTED" in str(error):
+                sys.stderr.write("out of memory: raise --grad_accum, or lower --chain_batch,"
+                                 " --checkpoint_batch or --batch_size.\n")  # fmt: skip
             sys.exit(1)
 
     app.run(start)

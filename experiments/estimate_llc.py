@@ -21,7 +21,7 @@ from experiments.cli import option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Pod):
     """Settings of a sweep. SGLD: ε = step_size, γ = localization, nβ = nbeta, m = batch_size."""
 
     workdir: str = option("runs/quickstart", "Folder of the training run.")
@@ -34,18 +34,14 @@ class Config:
     nbeta: float = option(30.0, "n times inverse temperature, nβ; 0 for n / log n.")
     localization: float = option(300.0, "Pull towards the checkpoint, γ.")
     num_chains: int = option(4, "Chains per checkpoint.")
-    num_draws: int = option(100, "Draws per chain after burn-in.")
+    num_draws: int = option(120, "Draws per chain after burn-in.")
     num_burnin: int = option(80, "Draws per chain thrown away first.")
     thinning: int = option(1, "SGLD steps per draw.")
-    batch_size: int = option(64, "Sequences per minibatch, m.")
+    batch_size: int = option(32, "Sequences per minibatch, m.")
     grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
     checkpoint_batch: int = option(1, "Checkpoints in flight at once; bounds memory.")
     chain_batch: int = option(0, "Chains one device runs at once; 0 for all its share.")
     shard_checkpoints: str = option("0/1", "i/n: do only every n-th chunk, from chunk i.")
-    multihost: bool = option(False, "Join the processes of a pod before anything else.")
-    coordinator: str = option("", "host:port of process 0; detected on TPU pods and SLURM.")
-    num_processes: int = option(1, "Processes in all, with --coordinator.")
-    process_id: int = option(0, "This process, from 0, with --coordinator.")
 
 
 def smoke() -> Config:

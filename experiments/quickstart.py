@@ -21,7 +21,7 @@ PHASES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Pod):
     """Where to run; every other setting is the preset's."""
 
     workdir: str = option("runs/quickstart", "Folder of the run.")
@@ -30,7 +30,7 @@ class Config:
 
 def configs(preset: str) -> Config:
     """The folder of each preset."""
-    return Config(train_regression.PRESETS[preset].workdir, preset)
+    return Config(workdir=train_regression.PRESETS[preset].workdir, preset=preset)
 
 
 PRESETS = {name: configs(name) for name in train_regression.PRESETS}
@@ -40,7 +40,8 @@ def run(config: Config) -> None:
     """Runs the phases in order; each starts, continues or finds its work done."""
     for number, (name, module) in enumerate(PHASES.items(), 1):
         settings = dataclasses.replace(module.PRESETS[config.preset], workdir=config.workdir)
-        module.run(settings, f"[{number}/{len(PHASES)}] {name}")
+        if cli.is_main() or issubclass(module.Config, cli.Pod):
+            module.run(settings, f"[{number}/{len(PHASES)}] {name}")
     cli.say(f"open {config.workdir}/report.html")
 
 

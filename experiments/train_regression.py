@@ -17,7 +17,7 @@ from llc_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Pod):
     """Settings of a training run."""
 
     workdir: str = option("runs/quickstart", "Folder of the run.")
@@ -35,7 +35,7 @@ class Config:
     d_model: int = option(64, "Width of the residual stream.")
     d_mlp: int = option(64, "Hidden width of the MLPs.")
     double_residual: bool = option(False, "Blocks add their input twice, as in the published runs.")
-    num_log: int = option(10, "Checkpoints on the logarithmic grid.")
+    num_log: int = option(9, "Checkpoints on the logarithmic grid.")
     num_linear: int = option(5, "Checkpoints on the linear grid.")
     block: int = option(200, "Updates per compiled block: one line of metrics each.")
 
@@ -124,6 +124,9 @@ def run(config: Config, phase: str = "train") -> None:
     1. A checkpoint counts if all its hashes hold; a damaged one is set aside when it is redone.
     2. Training continues from the newest state with no scheduled checkpoint missing before it.
     3. Steps after that are repeated; they come out bitwise the same.
+
+    With `--multihost` every process trains the same small model on its own devices and process 0
+    writes.
     """
     import jax
 

@@ -1,6 +1,7 @@
 """llc_jax: local learning coefficients of JAX models. The public names, and nothing else."""
 
-from llc_jax.llc import LLCEstimate, estimate_llc, estimate_llc_over_checkpoints
+from llc_jax.estimate import LLCEstimate
+from llc_jax.llc import estimate_llc, estimate_llc_over_checkpoints
 from llc_jax.posterior import default_nbeta
 from llc_jax.samplers import SGLD
 from llc_jax.smoothing import SmoothedCurve, smooth_curve

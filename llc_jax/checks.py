@@ -121,6 +121,22 @@ def params(tree: Params, step: int, template: Params | None = None) -> Params:
     return shapes
 
 
+def precision(tree: Params, sampler: Sampler) -> None:
+    """Checks that one step of noise is not rounded away in half-precision weights."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if jnp.finfo(dtype).bits >= 32 or not hasattr(sampler, "step_size"):
+            continue
+        size = float(np.sqrt(np.mean(np.square(np.asarray(leaf, np.float64)))))
+        spacing, noise = size * float(jnp.finfo(dtype).eps), float(sampler.step_size) ** 0.5
+        if noise < spacing / 2:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} has dtype {dtype} and values near {size:.2g},"
+                f" which are {spacing:.2g} apart: steps of sqrt(step_size) = {noise:.2g} would be"
+                " rounded away; cast the weights to float32."
+            )
+
+
 def mismatches(expected: Any, found: Any, limit: int = 4) -> str:
     """Describes where two trees of shapes differ; empty if nowhere."""
     flat = [

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import xarray
 
+from llc_jax.estimate import LLCEstimate
 from llc_jax.files import write_atomic
-from llc_jax.llc import LLCEstimate
 
 # netCDF 3 through scipy: no pickle, no code, no clock inside, so equal results are equal bytes.
 _ENGINE = "scipy"

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
       batch_size: examples per minibatch; ignored for a `Stream`, whose batches have their own.
       grad_accum: micro-batches per minibatch.
       chain_batch: chains that one device runs at once; the rest wait their turn.
-      num_probes: draws after burn-in at which the Metropolis acceptance is measured.
+      num_probes: most draws after burn-in at which the Metropolis acceptance is measured.
     """
 
     num_draws: int
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
     def probe_draws(self) -> range:
         """The draws at which acceptance is measured, evenly spaced after burn-in."""
-        every = max(1, self.num_draws // max(1, self.num_probes))
+        every = -(-self.num_draws // max(1, self.num_probes))
         last = self.total_draws if self.num_probes else self.num_burnin
         return range(self.num_burnin, last, every)
 

@@ -211,7 +211,7 @@ SITUATIONS = [
     ({"diverged_at": dead(0, 17, 3, -1)}, "3 of 4 chains diverged", "over the 1 finite chains"),
     ({"mean": -0.21}, "not a minimum", "-0.21 is negative"),
     ({"mean": -0.1, "below_anchor": 0.6}, "not a minimum", "60% of the draws"),
-    ({"rhat": MAX_RHAT + 0.01}, "chains disagree", "1.060"),
+    ({"rhat": MAX_RHAT + 0.01}, "chains disagree", "1.110"),
     ({"drift": MAX_DRIFT + 0.1}, "still drifting", "+4.1 standard errors"),
     ({"drift": -MAX_DRIFT - 0.1}, "still drifting", "-4.1 standard errors"),
     ({"distance_growth": MAX_DISTANCE_GROWTH + 0.01}, "still spreading", "6%"),

@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "llc_jax"
 LIBRARY = {
-    "types", "posterior", "samplers", "sampling", "llc", "diagnostics", "calibration", "curvature",
+    "types", "posterior", "samplers", "sampling", "llc", "diagnostics", "estimate", "calibration",
+    "curvature",
     "checks", "parallel", "stages", "smoothing",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.

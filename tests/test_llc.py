@@ -758,7 +758,6 @@ def test_checkpoints_are_read_lazily():
     assert len(read) < len(CHECKPOINTS)
 
 
-@pytest.mark.xfail(reason="the chunk in flight is dropped when reading the next one fails")
 def test_a_bad_checkpoint_does_not_cost_the_results_before_it():
     bad = {"w": np.full(DIM, np.nan, np.float32)}
     estimates = estimate_llc_over_checkpoints(

@@ -1,0 +1,204 @@
+"""What an estimate is: the value, its error, its chains and how far to trust it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llc_jax import diagnostics
+from llc_jax.sampling import Plan, Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class LLCEstimate:
+    """Estimate at one checkpoint, its chains and how far to trust them. C chains, D draws.
+
+    Means are over the finite chains. All arrays are numpy; [C, D] means [chain, draw].
+
+    Attributes:
+      mean: λ̂; nan if every chain diverged.
+      stderr: Monte-Carlo standard error of `mean`. Each draw is compared with the anchor on the
+        same minibatch, so the error of the initial loss is part of it.
+      per_chain: [C] λ̂ of each chain, nan for a diverged one.
+      losses: [C, D] minibatch losses after burn-in.
+      anchor_losses: [C, D] losses of the anchor on the same minibatches.
+      burnin_losses: [C, B] minibatch losses of the burn-in.
+      init_loss: loss of the anchor: over the whole data set, or for a stream over all batches.
+      distance: [C, D] Euclidean distance from the anchor, over the sampled coordinates.
+      rhat: split R-hat of the paired losses.
+      ess: their effective sample size.
+      acceptance: [C] mean Metropolis acceptance of the steps; nan if the sampler has none.
+      below_anchor: share of draws whose loss is below that of the anchor.
+      drift: second half of the draws minus first, in standard errors.
+      distance_growth: relative growth of the squared distance between the halves, 0 if not
+        significant.
+      num_finite: chains without a non-finite value.
+      diverged_at: [C] recorded draw, burn-in counted, of the first non-finite value; -1 if none.
+      settings: name -> value of every hyperparameter of the run.
+      collected: what `collect` returned, leading axes [C, burn-in + D]; None without it.
+    """
+
+    mean: float
+    stderr: float
+    per_chain: np.ndarray
+    losses: np.ndarray
+    anchor_losses: np.ndarray
+    burnin_losses: np.ndarray
+    init_loss: float
+    distance: np.ndarray
+    rhat: float
+    ess: float
+    acceptance: np.ndarray
+    below_anchor: float
+    drift: float
+    distance_growth: float
+    num_finite: int
+    diverged_at: np.ndarray
+    settings: Mapping[str, float | int | str]
+    collected: Any = None
+
+    @functools.cached_property
+    def findings(self) -> list[tuple[str, str]]:
+        """Pairs (label, sentence) for everything that is wrong; empty if nothing is."""
+        finite = self.diverged_at < 0
+        return diagnostics.findings(
+            mean=self.mean,
+            stderr=self.stderr,
+            num_chains=len(self.per_chain),
+            diverged_at=self.diverged_at,
+            below_anchor=self.below_anchor,
+            acceptance=float(np.mean(self.acceptance[finite])) if finite.any() else math.nan,
+            diagnostics=diagnostics.Diagnostics(
+                self.stderr, self.rhat, self.ess, self.drift, self.distance_growth
+            ),
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """One sentence with numbers and remedy for each finding."""
+        return [sentence for _, sentence in self.findings]
+
+    @property
+    def verdict(self) -> str:
+        """`ok`, or the labels of the findings."""
+        return "; ".join(label for label, _ in self.findings) or "ok"
+
+    def summary(self) -> str:
+        """Returns a table of the estimate, its diagnostics, its settings and the verdict."""
+        acceptance = np.mean(self.acceptance[self.diverged_at < 0]) if self.num_finite else math.nan
+        rows = {
+            "llc": f"{self.mean:.4g} ± {self.stderr:.2g}",
+            "init loss": f"{self.init_loss:.6g}",
+            "split R-hat": f"{self.rhat:.3f}",
+            "effective draws": f"{self.ess:.0f}",
+            "finite chains": f"{self.num_finite} of {len(self.per_chain)}",
+            "acceptance": f"{acceptance:.3f}",
+            "draws below anchor": f"{self.below_anchor:.1%}",
+            **{
+                name: f"{v:.6g}" if isinstance(v, float) else v for name, v in self.settings.items()
+            },
+            "verdict": self.verdict,
+        }
+        width = max(map(len, rows))
+        lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+        return "\n".join(lines + [f"! {w}" for w in self.warnings])
+
+    def __repr__(self) -> str:
+        return (
+            f"LLCEstimate({self.mean:.4g} ± {self.stderr:.2g}, R-hat {self.rhat:.3f},"
+            f" ESS {self.ess:.0f}, {self.verdict})"
+        )
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<pre>{html.escape(self.summary())}</pre>"
+
+    def plot(self):
+        """Draws the loss traces, burn-in shaded; returns a matplotlib `Figure`."""
+        from llc_jax import figures
+
+        return figures.trace_figure(self)
+
+    def to_xarray(self):
+        """Returns an `xarray.Dataset` with dimensions chain, draw and burnin."""
+        import xarray
+
+        return xarray.Dataset(
+            data_vars={
+                "llc": self.mean,
+                "stderr": self.stderr,
+                "init_loss": self.init_loss,
+                "rhat": self.rhat,
+                "ess": self.ess,
+                "below_anchor": self.below_anchor,
+                "drift": self.drift,
+                "distance_growth": self.distance_growth,
+                "num_finite": self.num_finite,
+                "verdict": self.verdict,
+                "warnings": "\n".join(self.warnings),
+                "per_chain": ("chain", self.per_chain),
+                "acceptance": ("chain", self.acceptance),
+                "diverged_at": ("chain", self.diverged_at),
+                "losses": (("chain", "draw"), self.losses),
+                "anchor_losses": (("chain", "draw"), self.anchor_losses),
+                "distance": (("chain", "draw"), self.distance),
+                "burnin_losses": (("chain", "burnin"), self.burnin_losses),
+            },
+            coords={
+                "chain": np.arange(len(self.per_chain)),
+                "draw": np.arange(self.losses.shape[1]),
+            },
+            attrs=dict(self.settings),
+        )
+
+
+def summarize(
+    trace: Trace, init_loss: float, nbeta: float, plan: Plan, settings: Mapping[str, Any]
+) -> LLCEstimate:
+    """Turns the traces of one checkpoint into an estimate; float64 from here on.
+
+    Args:
+      trace: host arrays with leading axes [chain, burn-in + draw].
+      init_loss: loss of the anchor over the whole data set, nan for a stream.
+      nbeta: n times inverse temperature.
+      plan: the sizes of the run.
+      settings: stored in the estimate.
+    """
+    healthy = np.isfinite([trace.losses, trace.anchor_losses, trace.distance]).all(axis=0)
+    diverged_at = np.where(healthy.all(axis=1), -1, np.argmin(healthy, axis=1))
+    finite = diverged_at < 0
+    after = slice(plan.num_burnin, None)
+    losses, anchors = trace.losses[:, after], trace.anchor_losses[:, after]
+    distance = trace.distance[:, after]
+    with np.errstate(invalid="ignore"):  # inf - inf in a dead chain
+        gaps = nbeta * (losses.astype(np.float64) - anchors.astype(np.float64))
+        per_chain = np.where(finite, gaps.mean(axis=1), np.nan)
+    diagnosis = diagnostics.diagnose(gaps[finite], distance[finite].astype(np.float64))
+    log_ratio = trace.log_acceptance[:, list(plan.probe_draws())].astype(np.float64)
+    acceptance = np.full(len(finite), np.nan)
+    if log_ratio.size:
+        acceptance[finite] = np.exp(np.minimum(log_ratio[finite], 0.0)).mean(axis=1)
+    return LLCEstimate(
+        mean=float(per_chain[finite].mean()) if finite.any() else math.nan,
+        stderr=diagnosis.stderr,
+        per_chain=per_chain,
+        losses=losses,
+        anchor_losses=anchors,
+        burnin_losses=trace.losses[:, : plan.num_burnin],
+        init_loss=float(init_loss if np.isfinite(init_loss) else anchors.mean(dtype=np.float64)),
+        distance=distance,
+        rhat=diagnosis.rhat,
+        ess=diagnosis.ess,
+        acceptance=acceptance,
+        below_anchor=float((gaps[finite] < 0).mean()) if finite.any() else math.nan,
+        drift=diagnosis.drift,
+        distance_growth=diagnosis.distance_growth,
+        num_finite=int(finite.sum()),
+        diverged_at=diverged_at,
+        settings=settings,
+        collected=trace.collected,
+    )

@@ -1,0 +1,164 @@
+"""The benchmarks run; what they require of compilation, memory and communication holds."""
+
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import (
+    chain_step,
+    compile_once,
+    devices,
+    memory,
+    programs,
+    timing,
+    tpu_aot,
+)
+from llc_jax import parallel
+from llc_jax.losses import RegressionLoss
+from llc_jax.models.regression import RegressionTransformer, init_params
+from llc_jax.posterior import mean_loss
+
+TINY = 8
+
+
+def test_the_sampling_program_compiles_exactly_once(capsys):
+    config = compile_once.Config(num_draws=2, batch_size=4, d_model=TINY)
+    assert (config.num_checkpoints, config.checkpoint_batch) == (10, 4)
+    assert compile_once.run(config) == (1, 0)
+    assert "compiled 1 time(s)" in capsys.readouterr().out
+
+
+def test_a_compilation_is_seen():
+    with compile_once.compilations() as seen:
+        jax.jit(functools.partial(jnp.add, 1.0))(2.0)
+    assert len(seen) == 1
+    with compile_once.compilations() as after:
+        pass
+    jax.jit(functools.partial(jnp.add, 2.0))(2.0)
+    assert len(seen) == 1
+    assert after == []
+
+
+def test_memory_does_not_grow_with_the_number_of_checkpoints(capsys):
+    # Nine more checkpoints of 16 MiB. Whatever is kept of each of them, on the host or on the
+    # device, adds 144 MiB; half of that is far above what an allocator keeps by chance.
+    config = memory.Config(num_checkpoints=3, megabytes=16)
+    few, many = memory.growth(config)
+    assert many - few < 72 * 2**20
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_accumulation_and_chain_batch_lower_the_temporaries():
+    config = memory.Config(batch_size=64, num_chains=2, d_model=TINY)
+    size = memory.temporaries(config)
+    assert size[4, 2] < 0.5 * size[1, 2]
+    assert size[1, 1] < 0.75 * size[1, 2]
+    assert size[4, 1] == min(size.values())
+
+
+def test_gradient_descent_is_gradient_descent():
+    model = RegressionTransformer(num_layers=1, d_model=TINY, d_mlp=TINY)
+    loss_fn, mesh = RegressionLoss(model), parallel.make_mesh(1, 4)
+    _, _, stack, data, *_ = programs.arguments(model, mesh, num_data=12)
+    anchor = jax.tree.map(lambda x: x[0], stack)
+    params, losses = programs.gradient_descent(
+        anchor, data, jnp.float32(0.1), loss_fn=loss_fn, num_steps=2, batch_size=3, mesh=mesh
+    )
+    assert losses.shape == (4, 2)
+    batch = jax.tree.map(lambda x: x[3:6], data)  # of chain 1
+    for t in range(2):
+        loss, grad = jax.value_and_grad(lambda w: mean_loss(loss_fn, w, batch))(anchor)
+        np.testing.assert_allclose(losses[1, t], loss, rtol=1e-5)
+        anchor = jax.tree.map(lambda w, g: w - 0.1 * g, anchor, grad)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x[1], y, rtol=1e-4, atol=1e-6), params, anchor
+    )
+
+
+def test_chain_step_runs(capsys):
+    config = chain_step.Config(batch_sizes="4", num_steps=2, repeats=2, d_model=TINY)
+    assert list(chain_step.run(config)) == [4]
+    assert "batch 4, 4 chains" in capsys.readouterr().out
+
+
+def test_chain_step_refuses_chains_it_would_not_count():
+    if jax.device_count() == 1:
+        pytest.skip("one device divides everything")
+    with pytest.raises(ValueError, match="num_chains=5"):
+        chain_step.run(chain_step.Config(batch_sizes="4", num_chains=5, d_model=TINY))
+
+
+def test_devices_runs_in_processes_of_its_own(capfd):
+    config = devices.Config(batch_size=4, num_chains=2, num_steps=2, repeats=2, d_model=TINY)
+    assert math.isfinite(devices.run(config))
+    assert "on 1 host device(s)" in capfd.readouterr().out
+
+
+def test_interleaving_alternates_and_warms_up():
+    order = []
+    calls = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    times = timing.interleaved(calls, repeats=2)
+    assert "".join(order) == "ba" + "ab" + "ba"
+    assert {name: values.tolist() for name, values in times.items()} == {"a": [3, 6], "b": [4, 5]}
+
+
+def test_elapsed_waits_for_the_result_and_subtracts():
+    more = timing.elapsed(lambda: jnp.ones(3) + 1.0)
+    assert more.wall > 0
+    assert more.cpu >= 0
+    assert timing.Elapsed(3.0, 2.0) - timing.Elapsed(1.0, 0.5) == (2.0, 1.5)
+    middle, text = timing.ratio(np.asarray([2.0, 4.0, 9.0]), np.asarray([1.0, 2.0, 3.0]))
+    assert middle == 2.0
+    assert text.startswith("2.000")
+
+
+def test_shapes_are_those_of_the_arguments():
+    model = RegressionTransformer(num_layers=1, d_model=TINY, d_mlp=TINY)
+    mesh = parallel.make_mesh(2, 2)
+    real, abstract = (make(model, mesh, 8, 2) for make in (programs.arguments, programs.shapes))
+    assert jax.tree.structure(real) == jax.tree.structure(abstract)
+    for x, y in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
+        assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+
+
+# --- ahead of time for TPUs -------------------------------------------------------------------
+
+
+def test_fill_leaves_the_least_to_do():
+    found = tpu_aot.fill(6, 2, jax.devices()[:1])
+    assert found == 1  # one device: any size is as long, so the smallest
+    four = jax.devices()[:4]
+    if len(four) == 4:
+        assert tpu_aot.fill(6, 2, four) == 2  # (2, 2): three chunks of one lane
+        assert tpu_aot.fill(7, 4, four) == 1  # (1, 4): seven chunks of one lane
+
+
+def test_the_cost_of_a_loop_is_found_out():
+    assert isinstance(tpu_aot.counts_loop_bodies_once(parallel.make_mesh(1, 1)), bool)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="run by `make tpu-aot`")
+def test_no_collectives_on_a_tpu_pod(capsys):
+    config = tpu_aot.Config(
+        topologies="v5e:4x4", num_draws=20, num_burnin=10, batch_size=32, num_data=256, d_model=16
+    )
+    found = tpu_aot.run(config)["v5e:4x4"]
+    assert found["collectives"] == []
+    assert found["mesh"] == {"checkpoint": 8, "chain": 2}
+    assert found["once"]
+    # At least three passes of two operations per weight, token, step, chain and checkpoint.
+    model = RegressionTransformer(d_model=16)
+    weights = sum(
+        x.size for x in jax.tree.leaves(jax.eval_shape(lambda k: init_params(k, model), KEY))
+    )
+    tokens = 32 * 16 * 30 * 5 * 24
+    assert 1 < found["flops"] / (6 * weights * tokens) < 5
+    assert "collectives: none" in capsys.readouterr().out
+
+
+KEY = jax.eval_shape(lambda: jax.random.key(0))
