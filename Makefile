@@ -1,7 +1,7 @@
 # Each target sets up what it needs: python3 >= 3.11, pip and make are enough.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint bench tpu-aot
 
 demo: .venv/.installed
 	$(BIN)/python -m experiments.quickstart
@@ -15,6 +15,23 @@ test-slow: .venv/.installed-test
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
+
+# Quiet machine, please: nothing else should run beside a timing.
+bench: .venv/.installed
+	$(BIN)/python -m experiments.benchmarks.chain_step
+	$(BIN)/python -m experiments.benchmarks.devices
+	$(BIN)/python -m experiments.benchmarks.compile_once
+	$(BIN)/python -m experiments.benchmarks.memory
+
+# The TPU compiler without a TPU, apart from .venv: where libtpu is, JAX looks for a TPU.
+tpu-aot: .venv-tpu/.installed
+	.venv-tpu/bin/python -m pytest tests/test_benchmarks.py -k tpu
+	.venv-tpu/bin/python -m experiments.benchmarks.tpu_aot
+
+.venv-tpu/.installed: pyproject.toml constraints.txt
+	test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu-aot]' pytest
+	touch $@
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

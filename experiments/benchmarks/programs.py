@@ -1,0 +1,115 @@
+"""The two programs that are timed: our sampling program and a bare gradient descent."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llc_jax import SGLD
+from llc_jax.data.regression import RegressionTask, sample_batch
+from llc_jax.losses import RegressionLoss
+from llc_jax.models.regression import RegressionTransformer, init_params
+from llc_jax.parallel import CHAIN, CHECKPOINT
+from llc_jax.posterior import mean_loss
+from llc_jax.sampling import Plan, sample
+
+
+def transformer(d_model: int, num_layers: int) -> RegressionTransformer:
+    """The regression transformer, its MLPs as wide as its residual stream, as published."""
+    return RegressionTransformer(num_layers=num_layers, d_model=d_model, d_mlp=d_model)
+
+
+def make_plan(num_draws: int, batch_size: int, **changes: int) -> Plan:
+    """A `Plan` without burn-in and probes, one micro-batch, all chains of a device at once."""
+    settings = {"num_burnin": 0, "thinning": 1, "grad_accum": 1, "chain_batch": 1, "num_probes": 0}
+    return Plan(num_draws=num_draws, batch_size=batch_size, **settings | changes)
+
+
+def build(model: RegressionTransformer, num_data: int, num_checkpoints: int) -> tuple:
+    """The traced arguments of `sample`; the checkpoints are copies of an initialisation."""
+    params_key, data_key, chain_key = jax.random.split(jax.random.key(0), 3)
+    params = init_params(params_key, model)
+    task = RegressionTask(dim=model.dim, num_examples=model.num_examples)
+    number = functools.partial(jnp.asarray, dtype=jnp.float32)
+    return (
+        chain_key,
+        jnp.arange(num_checkpoints, dtype=jnp.uint32),
+        jax.tree.map(lambda x: jnp.stack([x] * num_checkpoints), params),
+        sample_batch(data_key, task, num_data),
+        SGLD(number(1e-5)),
+        number(30.0),
+        number(300.0),
+        None,
+    )
+
+
+def arguments(model: RegressionTransformer, mesh: Mesh, num_data: int, num_checkpoints: int = 1):
+    """`build` on the devices of `mesh`, which must be there."""
+    values = jax.jit(functools.partial(build, model, num_data, num_checkpoints))()
+    return jax.tree.map(jax.device_put, values, shardings(values, mesh))
+
+
+def shapes(model: RegressionTransformer, mesh: Mesh, num_data: int, num_checkpoints: int = 1):
+    """Shapes and shardings of `build`: enough to compile for devices that are not there."""
+    values = jax.eval_shape(functools.partial(build, model, num_data, num_checkpoints))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        values,
+        shardings(values, mesh),
+    )
+
+
+def shardings(values: tuple, mesh: Mesh) -> tuple:
+    """Steps and checkpoints split over the mesh as `sample` splits them, the rest replicated."""
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(CHECKPOINT))
+    axes = (whole, split, split, *[whole] * (len(values) - 3))
+    return tuple(
+        jax.tree.map(lambda _, to=to: to, part) for part, to in zip(values, axes, strict=True)
+    )
+
+
+def lower_sample(args: tuple, model: RegressionTransformer, plan: Plan, chains: int, mesh: Mesh):
+    """Lowers `llc_jax.sampling.sample` for arguments or shapes; `compile` is up to the caller."""
+    return sample.lower(
+        *args, loss_fn=RegressionLoss(model), stream=None, plan=plan, num_chains=chains, mesh=mesh
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "num_steps", "batch_size", "mesh"))
+def gradient_descent(
+    params: Any, data: Any, rate: jax.Array, *, loss_fn, num_steps: int, batch_size: int, mesh: Mesh
+):
+    """What any sampler has to do at least: `value_and_grad` and a step, for each chain.
+
+    Args:
+      params: where all chains start.
+      data: `batch_size` rows for each chain.
+      rate: scalar.
+      loss_fn: per-example losses.
+      num_steps: length of the scan.
+      batch_size: examples per step, always the same ones: nothing is drawn, nothing gathered.
+      mesh: devices; the chains are split over its chain axis as in `sample`.
+
+    Returns:
+      (params [chain, ...], losses [chain, num_steps]).
+    """
+    chains = jax.tree.leaves(data)[0].shape[0] // batch_size
+    batches = jax.tree.map(lambda x: x.reshape(chains, batch_size, *x.shape[1:]), data)
+
+    def one_chain(params, rate, batch):
+        def step(w, _):
+            loss, grad = jax.value_and_grad(lambda v: mean_loss(loss_fn, v, batch))(w)
+            return jax.tree.map(lambda w, g: w - rate * g, w, grad), loss
+
+        return jax.lax.scan(step, params, None, length=num_steps)
+
+    return jax.shard_map(
+        jax.vmap(one_chain, in_axes=(None, None, 0)),
+        mesh=mesh,
+        in_specs=(P(), P(), P(CHAIN)),
+        out_specs=P(CHAIN),
+        check_vma=False,
+    )(params, rate, batches)
