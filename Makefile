@@ -25,7 +25,7 @@ bench: .venv/.installed
 
 # The TPU compiler without a TPU, apart from .venv: where libtpu is, JAX looks for a TPU.
 tpu-aot: .venv-tpu/.installed
-	.venv-tpu/bin/python -m pytest tests/test_benchmarks.py -k tpu
+	.venv-tpu/bin/python -m pytest -o addopts= tests/test_benchmarks.py -k tpu
 	.venv-tpu/bin/python -m experiments.benchmarks.tpu_aot
 
 .venv-tpu/.installed: pyproject.toml constraints.txt

@@ -43,9 +43,9 @@ def test_a_compilation_is_seen():
 
 
 def test_memory_does_not_grow_with_the_number_of_checkpoints(capsys):
-    # Nine more checkpoints of 16 MiB. Whatever is kept of each of them, on the host or on the
-    # device, adds 144 MiB; half of that is far above what an allocator keeps by chance.
-    config = memory.Config(num_checkpoints=3, megabytes=16)
+    # 18 more checkpoints of 8 MiB: one copy kept of each, on the host or on the device, adds
+    # 144 MiB. Half of that is nine checkpoints, more than twice as many as are in flight at once.
+    config = memory.Config(num_checkpoints=6, megabytes=8)
     few, many = memory.growth(config)
     assert many - few < 72 * 2**20
     assert "ratio" in capsys.readouterr().out

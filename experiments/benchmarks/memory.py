@@ -12,6 +12,7 @@
 
 import dataclasses
 import itertools
+import os
 import resource
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def peak(config: Config, num_checkpoints: int) -> int:
     flags = dataclasses.asdict(dataclasses.replace(config, worker=num_checkpoints))
     command = [sys.executable, "-m", "experiments.benchmarks.memory"]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # glibc then hands freed arrays back at once: the peak is what is held, not how fragments lie.
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return int(done.stdout)
