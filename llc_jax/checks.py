@@ -23,17 +23,29 @@ def nonnegative(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r}: give one finite number >= 0.")
 
 
-def hyperparameters(sampler: Sampler) -> None:
-    """Checks that a sampler is an instance with positive, finite scalars."""
+def sampler_instance(sampler: Sampler) -> None:
+    """Checks that a sampler is an instance, not its class."""
     methods = hasattr(sampler, "_asdict") and hasattr(sampler, "step")
     if isinstance(sampler, type) or not methods:
         raise ValueError(
             f"sampler={sampler!r}: give an instance such as llc_jax.SGLD(step_size=1e-4)."
         )
+
+
+# Rules beyond "finite and >= 0", by the name of the hyperparameter.
+_POSITIVE = {"step_size", "friction"}
+_AT_MOST_ONE = {"decay", "momentum", "bias_correction"}
+
+
+def hyperparameters(sampler: Sampler) -> None:
+    """Checks that a sampler is an instance whose hyperparameters are scalars within their range."""
+    sampler_instance(sampler)
     for name, value in sampler._asdict().items():
         nonnegative(f"{type(sampler).__name__}.{name}", value)
-    if not getattr(sampler, "step_size", 1.0) > 0:
-        raise ValueError(f"step_size={sampler.step_size!r}: the step size must be above 0.")
+        if name in _POSITIVE and not value > 0:
+            raise ValueError(f"{name}={value!r}: it must be above 0.")
+        if name in _AT_MOST_ONE and not value <= 1:
+            raise ValueError(f"{name}={value!r}: it must be from 0 to 1.")
 
 
 def typed_key(rng_key: jax.Array) -> None:

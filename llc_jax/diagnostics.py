@@ -9,6 +9,7 @@ MIN_DRAWS = 4  # below this neither split R-hat nor the effective sample size is
 MAX_RHAT = 1.1  # healthy chains with MIN_ESS effective draws come close to it
 MIN_ESS = 40.0
 MIN_ACCEPTANCE = 0.5
+MAX_STABILITY = 2.0  # half of the limit: measured from below, and curvature varies on the way
 MAX_DRIFT = 4.0
 MAX_DISTANCE_GROWTH = 0.05
 MAX_BELOW_ANCHOR = 0.5
@@ -114,6 +115,7 @@ def findings(
     diverged_at: np.ndarray,
     below_anchor: float,
     acceptance: float,
+    stability: float,
     diagnostics: Diagnostics,
 ) -> list[tuple[str, str]]:
     """Says what is wrong with an estimate and what to do about it.
@@ -125,6 +127,7 @@ def findings(
       diverged_at: [chain] draw (burn-in counted) of the first non-finite value, -1 for none.
       below_anchor: share of draws with a loss below that of the anchor on the same minibatch.
       acceptance: mean Metropolis acceptance of the steps, nan if not measured.
+      stability: largest stability number of the chains, nan if not measured.
       diagnostics: those of the finite chains.
 
     Returns:
@@ -174,6 +177,14 @@ def findings(
             "few effective draws",
             f"Effective sample size {d.ess:.0f} is below {MIN_ESS:.0f}: the error bar itself is"
             " uncertain; take more draws or chains.",
+        ))  # fmt: skip
+    if stability > MAX_STABILITY:
+        found.append((
+            "near instability",
+            f"The stability number, the largest eigenvalue of step_size G (nbeta H + localization)"
+            f" at the end of the chains, is {stability:.2g}, above {MAX_STABILITY:g}; the limit is"
+            f" 4. A preconditioner can hold a chain at this edge with a level trace and a wrong"
+            f" value; lower step_size by a factor {stability / 0.4:.2g}.",
         ))  # fmt: skip
     if acceptance < MIN_ACCEPTANCE:
         found.append((

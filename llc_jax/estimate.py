@@ -31,6 +31,8 @@ class LLCEstimate:
       rhat: split R-hat of the paired losses.
       ess: their effective sample size.
       acceptance: [C] mean Metropolis acceptance of the steps; nan if the sampler has none.
+      stability: [C] stability number at the end of each chain: the largest eigenvalue of
+        ε G^½ (nbeta H + localization) G^½, unstable above 4; nan if not probed.
       below_anchor: share of draws whose loss is below that of the anchor.
       drift: second half of the draws minus first, in standard errors.
       distance_growth: relative growth of the squared distance between the halves, 0 if not
@@ -52,6 +54,7 @@ class LLCEstimate:
     rhat: float
     ess: float
     acceptance: np.ndarray
+    stability: np.ndarray
     below_anchor: float
     drift: float
     distance_growth: float
@@ -71,6 +74,7 @@ class LLCEstimate:
             diverged_at=self.diverged_at,
             below_anchor=self.below_anchor,
             acceptance=float(np.mean(self.acceptance[finite])) if finite.any() else math.nan,
+            stability=float(np.max(self.stability[finite])) if finite.any() else math.nan,
             diagnostics=diagnostics.Diagnostics(
                 self.stderr, self.rhat, self.ess, self.drift, self.distance_growth
             ),
@@ -89,6 +93,7 @@ class LLCEstimate:
     def summary(self) -> str:
         """Returns a table of the estimate, its diagnostics, its settings and the verdict."""
         acceptance = np.mean(self.acceptance[self.diverged_at < 0]) if self.num_finite else math.nan
+        stability = np.max(self.stability[self.diverged_at < 0]) if self.num_finite else math.nan
         rows = {
             "llc": f"{self.mean:.4g} ± {self.stderr:.2g}",
             "init loss": f"{self.init_loss:.6g}",
@@ -96,6 +101,7 @@ class LLCEstimate:
             "effective draws": f"{self.ess:.0f}",
             "finite chains": f"{self.num_finite} of {len(self.per_chain)}",
             "acceptance": f"{acceptance:.3f}",
+            "stability number": f"{stability:.3g}",
             "draws below anchor": f"{self.below_anchor:.1%}",
             **{
                 name: f"{v:.6g}" if isinstance(v, float) else v for name, v in self.settings.items()
@@ -142,6 +148,7 @@ class LLCEstimate:
                 "warnings": "\n".join(self.warnings),
                 "per_chain": ("chain", self.per_chain),
                 "acceptance": ("chain", self.acceptance),
+                "stability": ("chain", self.stability),
                 "diverged_at": ("chain", self.diverged_at),
                 "losses": (("chain", "draw"), self.losses),
                 "anchor_losses": (("chain", "draw"), self.anchor_losses),
@@ -194,6 +201,7 @@ def summarize(
         rhat=diagnosis.rhat,
         ess=diagnosis.ess,
         acceptance=acceptance,
+        stability=np.where(finite, trace.stability, np.nan),
         below_anchor=float((gaps[finite] < 0).mean()) if finite.any() else math.nan,
         drift=diagnosis.drift,
         distance_growth=diagnosis.distance_growth,

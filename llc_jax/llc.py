@@ -1,9 +1,8 @@
 """The local learning coefficient: λ̂ = nbeta (E[L(w)] - L(w*)) over the localized posterior."""
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -113,7 +112,8 @@ def estimate_llc_over_checkpoints(
       checkpoint_batch: checkpoints in flight at once, over all devices; bounds memory.
       chain_batch: chains that one device runs at once for each checkpoint; default all of its
         share; bounds memory.
-      num_probes: draws at which the Metropolis acceptance is measured (one gradient each).
+      num_probes: draws at which the Metropolis acceptance is measured (one gradient each); unless
+        0, the stability number is measured at the end of each chain (12 Hessian products).
       mask: pytree of 0/1 like params; only weights with 1 are sampled.
       collect: `collect(params, batch)`, recorded at every draw; static, keep it small.
       mesh: devices, axes (checkpoint, chain); default all devices (`parallel.make_mesh`).
@@ -124,25 +124,136 @@ def estimate_llc_over_checkpoints(
     Raises:
       ValueError: on bad input, before anything compiles.
     """
+    pairs = iter(checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints)
+    lanes = (Lane(step, params, sampler, nbeta, localization) for step, params in pairs)
+    estimates = _estimate_lanes(
+        rng_key, loss_fn, lanes, data, lane_batch=checkpoint_batch, num_chains=num_chains,
+        num_draws=num_draws, num_burnin=num_burnin, batch_size=batch_size, thinning=thinning,
+        grad_accum=grad_accum, chain_batch=chain_batch, num_probes=num_probes, mask=mask,
+        collect=collect, mesh=mesh,
+    )  # fmt: skip
+    return ((lane.step, estimate) for lane, estimate in estimates)
+
+
+def estimate_llc_over_settings(
+    rng_key: jax.Array,
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch | Stream,
+    *,
+    sampler: Sampler,
+    localization: Any,
+    nbeta: Any = None,
+    step: int = 0,
+    setting_batch: int | None = None,
+    **options: Any,
+) -> np.ndarray:
+    """Estimates the local learning coefficient at `params` for a grid of settings, all at once.
+
+    All settings see the same random numbers, so that differences between them are sharper than
+    the standard errors say.
+
+    Args:
+      rng_key: typed key; consumed.
+      loss_fn: see `estimate_llc`.
+      params: the anchor.
+      data: see `estimate_llc`.
+      sampler: its hyperparameters are scalars or arrays.
+      localization: scalar or array.
+      nbeta: scalar or array; default as in `estimate_llc`. The arrays of all three must broadcast
+        against each other, e.g. step sizes [5, 1, 1], nbeta [3, 1] and localization [3].
+      step: training step of the checkpoint.
+      setting_batch: settings in flight at once, over all devices; default all; bounds memory.
+      **options: as in `estimate_llc_over_checkpoints`, but for `checkpoint_batch`.
+
+    Returns:
+      Object array of `LLCEstimate`, of the broadcast shape.
+
+    Raises:
+      ValueError: on bad input, before anything compiles.
+    """
+    checks.sampler_instance(sampler)
+    nbeta = _default(nbeta, data)
+    leaves = [*sampler, nbeta, localization]
+    try:
+        grid = np.broadcast_arrays(*[np.asarray(leaf, np.float64) for leaf in leaves])
+    except ValueError:
+        raise ValueError(
+            f"settings have shapes {[np.shape(leaf) for leaf in leaves]}: sampler hyperparameters,"
+            " nbeta and localization must broadcast against each other."
+        ) from None
+    columns = zip(*[leaf.ravel().tolist() for leaf in grid], strict=True)
+    lanes = [Lane(step, params, type(sampler)(*row[:-2]), *row[-2:]) for row in columns]
+    if not lanes:
+        raise ValueError(f"settings have shape {grid[0].shape}: give at least one.")
+    size = setting_batch or len(lanes)
+    estimates = _estimate_lanes(
+        rng_key, loss_fn, iter(lanes), data, lane_batch=min(size, len(lanes)), **options
+    )
+    found = np.empty(len(lanes), dtype=object)
+    found[:] = [estimate for _, estimate in estimates]
+    return found.reshape(grid[0].shape)
+
+
+class Lane(NamedTuple):
+    """One anchor at one setting: what varies along the first axis of the program.
+
+    Attributes:
+      step: training step of the anchor.
+      params: the anchor.
+      sampler: with scalar hyperparameters.
+      nbeta: scalar.
+      localization: scalar.
+    """
+
+    step: int
+    params: Params
+    sampler: Sampler
+    nbeta: float | None
+    localization: float
+
+
+def _default(nbeta: Any, data: Batch | Stream) -> Any:
+    """`nbeta`, or its default."""
+    if nbeta is not None:
+        return nbeta
+    if isinstance(data, Stream):
+        raise ValueError("nbeta=None has no default for a Stream (it has no n): give nbeta.")
+    return default_nbeta(checks.data_length(data))
+
+
+def _estimate_lanes(
+    rng_key: jax.Array,
+    loss_fn: LossFn,
+    lanes: Iterator[Lane],
+    data: Batch | Stream,
+    *,
+    lane_batch: int,
+    num_chains: int = 4,
+    num_draws: int = 500,
+    num_burnin: int = 500,
+    batch_size: int | None = None,
+    thinning: int = 1,
+    grad_accum: int = 1,
+    chain_batch: int | None = None,
+    num_probes: int = 8,
+    mask: Params | None = None,
+    collect: Callable[[Params, Batch], Any] | None = None,
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[Lane, LLCEstimate]]:
+    """Checks everything, then estimates lane after lane, `lane_batch` of them in one program."""
     checks.typed_key(rng_key)
     stream = data if isinstance(data, Stream) else None
     n = None if stream else checks.data_length(data)
-    if nbeta is None:
-        if n is None:
-            raise ValueError("nbeta=None has no default for a Stream (it has no n): give nbeta.")
-        nbeta = default_nbeta(n)
     checks.at_least("num_chains", num_chains, 1)
     checks.at_least("num_draws", num_draws, 1, "burn-in alone estimates nothing")
     checks.at_least("num_burnin", num_burnin, 0)
     checks.at_least("thinning", thinning, 1)
     checks.at_least("grad_accum", grad_accum, 1)
-    checks.at_least("checkpoint_batch", checkpoint_batch, 1)
+    checks.at_least("checkpoint_batch", lane_batch, 1)
     checks.at_least("num_probes", num_probes, 0)
     if chain_batch is not None:
         checks.at_least("chain_batch", chain_batch, 1)
-    checks.nonnegative("nbeta", nbeta)
-    checks.nonnegative("localization", localization)
-    checks.hyperparameters(sampler)
     if stream:
         if batch_size is not None:
             raise ValueError(
@@ -152,17 +263,30 @@ def estimate_llc_over_checkpoints(
         batch_size = checks.stream_batch_size(stream)
     batch_size = checks.batch_size(batch_size, n, grad_accum)
 
-    mesh = mesh or parallel.make_mesh(checkpoint_batch, num_chains)
+    def settled(lane: Lane, template: Params | None) -> tuple[Lane, Params]:
+        lane = lane._replace(nbeta=_default(lane.nbeta, data))
+        checks.nonnegative("nbeta", lane.nbeta)
+        checks.nonnegative("localization", lane.localization)
+        checks.hyperparameters(lane.sampler)
+        shapes = checks.params(lane.params, lane.step, template)
+        checks.precision(lane.params, lane.sampler)
+        return lane, shapes
+
+    first = next(lanes, None)
+    if first is None:
+        raise ValueError("checkpoints is empty: give at least one (step, params).")
+    first, template = settled(first, None)
+    mask = checks.mask(mask, template)
+    example = jax.eval_shape(stream.batch_fn, rng_key) if stream else checks.rows(data, batch_size)
+    checks.losses(loss_fn, template, example, batch_size)
+
+    mesh = mesh or parallel.make_mesh(lane_batch, num_chains)
     rows, columns = (mesh.shape[axis] for axis in (parallel.CHECKPOINT, parallel.CHAIN))
-    width = rows * -(-checkpoint_batch // rows)
+    width = rows * -(-lane_batch // rows)
     share = -(-num_chains // columns)
     chain_batch = min(chain_batch or share, share)
     plan = Plan(num_draws, num_burnin, thinning, batch_size, grad_accum, chain_batch, num_probes)
-    settings = {
-        "sampler": type(sampler).__name__,
-        **{name: float(v) for name, v in sampler._asdict().items()},
-        "nbeta": float(nbeta),
-        "localization": float(localization),
+    shared_settings = {
         "num_chains": num_chains,
         "num_draws": num_draws,
         "num_burnin": num_burnin,
@@ -171,63 +295,53 @@ def estimate_llc_over_checkpoints(
         "grad_accum": grad_accum,
     }
 
-    pairs = iter(checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints)
-    first = next(pairs, None)
-    if first is None:
-        raise ValueError("checkpoints is empty: give at least one (step, params).")
-    template = checks.params(first[1], first[0])
-    checks.precision(first[1], sampler)
-    mask = checks.mask(mask, template)
-    example = jax.eval_shape(stream.batch_fn, rng_key) if stream else checks.rows(data, batch_size)
-    checks.losses(loss_fn, template, example, batch_size)
-
-    def checked(pair):
-        checks.params(pair[1], pair[0], template)
-        return pair
-
-    def chunks():
-        rest = itertools.chain([first], map(checked, pairs))
-        while chunk := list(itertools.islice(rest, checkpoint_batch)):
+    def chunks() -> Iterator[list[Lane]]:
+        rest = itertools.chain([first], (settled(lane, template)[0] for lane in lanes))
+        while chunk := list(itertools.islice(rest, lane_batch)):
             yield chunk
 
-    def run() -> Iterator[tuple[int, LLCEstimate]]:
-        as_float = functools.partial(np.asarray, dtype=np.float32)
-        shared = parallel.place(
-            (rng_key, None if stream else data, jax.tree.map(as_float, sampler),
-             as_float(nbeta), as_float(localization), mask),
-            mesh,
-        )  # fmt: skip
-        key, rows_of_data, traced_sampler, traced_nbeta, traced_localization, placed_mask = shared
+    def run() -> Iterator[tuple[Lane, LLCEstimate]]:
+        key, placed_data, placed_mask = parallel.place(
+            (rng_key, None if stream else data, mask), mesh
+        )
 
-        def dispatch(chunk):
-            # The last chunk repeats its last checkpoint: same shapes, no second compilation.
+        def dispatch(chunk: list[Lane]):
+            # The last chunk repeats its last lane: same shapes, no second compilation.
             full = chunk + chunk[-1:] * (width - len(chunk))
-            steps = np.asarray([s for s, _ in full], np.uint32)
-            stacked = jax.tree.map(
-                lambda *x: np.stack([np.asarray(a) for a in x]), *[p for _, p in full]
+            numbers = [(lane.sampler, lane.nbeta, lane.localization) for lane in full]
+            varying = (
+                np.asarray([lane.step for lane in full], np.uint32),
+                jax.tree.map(
+                    lambda *x: np.stack([np.asarray(a) for a in x]), *[lane.params for lane in full]
+                ),
+                jax.tree.map(lambda *x: np.asarray(x, np.float32), *numbers),
+            )
+            steps, stacked, (sampler, nbeta, localization) = parallel.place(
+                varying, mesh, parallel.CHECKPOINT
             )
             return sample(
-                key,
-                parallel.place(steps, mesh, parallel.CHECKPOINT),
-                parallel.place(stacked, mesh, parallel.CHECKPOINT),
-                rows_of_data,
-                traced_sampler,
-                traced_nbeta,
-                traced_localization,
-                placed_mask,
+                key, steps, stacked, placed_data, sampler, nbeta, localization, placed_mask,
                 loss_fn=loss_fn,
                 stream=stream,
                 plan=plan,
                 num_chains=columns * chain_batch * -(-share // chain_batch),
                 mesh=mesh,
                 collect=collect,
-            )
+            )  # fmt: skip
 
-        def finish(chunk, output):
+        def finish(chunk: list[Lane], output):
             init_losses, trace = parallel.fetch(output)
-            for row, (step, _) in enumerate(chunk):
+            for row, lane in enumerate(chunk):
                 one = jax.tree.map(lambda x, row=row: x[row, :num_chains], trace)
-                yield int(step), summarize(one, init_losses[row], float(nbeta), plan, settings)
+                settings = {
+                    "sampler": type(lane.sampler).__name__,
+                    **{name: float(value) for name, value in lane.sampler._asdict().items()},
+                    "nbeta": float(lane.nbeta),
+                    "localization": float(lane.localization),
+                    **shared_settings,
+                }
+                estimate = summarize(one, init_losses[row], float(lane.nbeta), plan, settings)
+                yield lane._replace(step=int(lane.step)), estimate
 
         # One chunk is always in flight while the one before it is fetched. A checkpoint that cannot
         # be read must not take the finished one before it along.

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from llc_jax.types import Batch, Evaluation, LossFn, Params
 
@@ -73,6 +74,7 @@ def evaluate(
     localization: jax.Array,
     mask: Params | None = None,
     grad_accum: int = 1,
+    anchor_loss: jax.Array | float = 0.0,
 ) -> Evaluation:
     """Loss, gradient and drift of the posterior at `params` on one minibatch.
 
@@ -85,6 +87,7 @@ def evaluate(
       localization: γ, scalar.
       mask: None, or 0/1 like params; zeros take no part.
       grad_accum: number of micro-batches.
+      anchor_loss: loss of w* on the same minibatch, subtracted from the energy.
     """
     loss, grad = loss_and_grad(loss_fn, params, batch, grad_accum)
     grad = apply_mask(mask, grad)
@@ -92,7 +95,8 @@ def evaluate(
     drift = jax.tree.map(
         lambda g, d: nbeta.astype(g.dtype) * g + localization.astype(g.dtype) * d, grad, pull
     )
-    return Evaluation(loss, grad, drift)
+    energy = nbeta * (loss - anchor_loss) + localization * optax.tree.vdot(pull, pull) / 2
+    return Evaluation(loss, energy.astype(jnp.float32), grad, drift, nbeta)
 
 
 def displacement(params: Params, anchor: Params) -> Params:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss
+from llc_jax.stability import stability_number
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
 
@@ -25,7 +26,8 @@ class Plan(NamedTuple):
       batch_size: examples per minibatch; ignored for a `Stream`, whose batches have their own.
       grad_accum: micro-batches per minibatch.
       chain_batch: chains that one device runs at once; the rest wait their turn.
-      num_probes: most draws after burn-in at which the Metropolis acceptance is measured.
+      num_probes: most draws after burn-in at which the Metropolis acceptance is measured; with 0
+        the stability number is not measured either.
     """
 
     num_draws: int
@@ -56,6 +58,7 @@ class Trace(NamedTuple):
       anchor_losses: [draw] loss of w* on the same minibatch.
       distance: [draw] Euclidean distance |w - w*|.
       log_acceptance: [draw] log Metropolis ratio of the step from the draw; nan where not probed.
+      stability: stability number at the end of the chain, a scalar; nan if not probed.
       collected: what `collect` returned, stacked over draws; None without it.
     """
 
@@ -63,6 +66,7 @@ class Trace(NamedTuple):
     anchor_losses: jax.Array
     distance: jax.Array
     log_acceptance: jax.Array
+    stability: jax.Array
     collected: Any
 
 
@@ -129,33 +133,28 @@ def sample_chain(
         rows = jax.random.randint(key, (plan.batch_size,), 0, n)
         return take(data, rows), jnp.mean(reference[rows])
 
+    def posterior_on(batch, anchor_loss):
+        return lambda params: evaluate(
+            loss_fn, params, batch, anchor, nbeta, localization, mask, plan.grad_accum, anchor_loss
+        )
+
     def step(state, t, probing):
         batch_key, noise_key = jax.random.split(jax.random.fold_in(rng_key, t))
         batch, anchor_loss = minibatch(batch_key)
-
-        def posterior(params):
-            return evaluate(
-                loss_fn, params, batch, anchor, nbeta, localization, mask, plan.grad_accum
-            )
-
+        posterior = posterior_on(batch, anchor_loss)
         new_state, here = sampler.step(noise_key, state, posterior, mask)
-        away = apply_mask(mask, displacement(state.params, anchor))
-        distance = optax.tree.norm(away)
+        distance = optax.tree.norm(apply_mask(mask, displacement(state.params, anchor)))
 
         def probe():
-            there = posterior(new_state.params)
-            away_there = apply_mask(mask, displacement(new_state.params, anchor))
-            move = jax.tree.map(jnp.subtract, away_there, away)
-            pull = optax.tree.vdot(move, jax.tree.map(jnp.add, away_there, away)) / 2
-            change = nbeta * (there.loss - here.loss) + localization * pull
-            return sampler.log_acceptance(change, move, here, there)
+            move = displacement(new_state.params, state.params)
+            return sampler.log_acceptance(move, here, posterior(new_state.params))
 
-        ratio = jnp.float32(jnp.nan)
+        ratio = getattr(new_state, "log_acceptance", jnp.float32(jnp.nan))
         if len(probes):
             # The predicate is the same for every chain, so vmap keeps the branch a branch.
             ratio = jax.lax.cond(probing, probe, lambda: jnp.float32(jnp.nan))
         extra = None if collect is None else collect(state.params, batch)
-        return new_state, Trace(here.loss, anchor_loss, distance, ratio, extra)
+        return new_state, (here.loss, anchor_loss, distance, ratio, extra)
 
     def draw(state, inputs):
         t, probing = inputs
@@ -173,8 +172,17 @@ def sample_chain(
 
     draws = jnp.arange(plan.total_draws)
     probing = jnp.isin(draws, jnp.asarray(probes, draws.dtype))
-    _, trace = jax.lax.scan(draw, sampler.init(anchor), (draws, probing))
-    return trace
+    state, (losses, references, distance, ratio, extra) = jax.lax.scan(
+        draw, sampler.init(anchor), (draws, probing)
+    )
+    stability = jnp.float32(jnp.nan)
+    if plan.num_probes and hasattr(sampler, "step_size"):
+        # The step after the last: keys that no step has used.
+        last = jax.random.fold_in(rng_key, plan.total_draws * plan.thinning)
+        batch_key, start_key = jax.random.split(last)
+        posterior = posterior_on(*minibatch(batch_key))
+        stability = stability_number(start_key, sampler, state, posterior, mask)
+    return Trace(losses, references, distance, ratio, stability, extra)
 
 
 @functools.partial(
@@ -197,17 +205,18 @@ def sample(
     mesh: Mesh,
     collect: Callable[[Params, Batch], Any] | None = None,
 ) -> tuple[jax.Array, Trace]:
-    """Samples `num_chains` chains around each of a stack of checkpoints.
+    """Samples `num_chains` chains in each of a stack of lanes: a checkpoint and its settings.
 
     Args:
       rng_key: typed key; chain c of checkpoint s uses `fold_in(fold_in(rng_key, s), c)`, so a
         chain does not depend on what else runs beside it.
       steps: [checkpoint] training steps, uint32.
-      checkpoints: params with a leading axis [checkpoint], a multiple of the mesh axis.
+      checkpoints: params with a leading axis [checkpoint], a multiple of the mesh axis. A grid of
+        settings is one checkpoint over and over.
       data: finite data set, replicated; None with a `stream`.
-      sampler: sampler with traced hyperparameters.
-      nbeta: scalar.
-      localization: scalar.
+      sampler: sampler whose hyperparameters are [checkpoint].
+      nbeta: [checkpoint].
+      localization: [checkpoint].
       mask: None, or 0/1 like params.
       loss_fn: static.
       stream: static; None with finite `data`.
@@ -221,7 +230,7 @@ def sample(
     """
 
     def local(key, steps, chains, checkpoints, data, sampler, nbeta, localization, mask):
-        def one_checkpoint(step, anchor):
+        def one_checkpoint(step, anchor, sampler, nbeta, localization):
             key_s = jax.random.fold_in(key, step)
             if stream is None:
                 reference = anchor_losses(loss_fn, anchor, data, plan.batch_size // plan.grad_accum)
@@ -237,14 +246,14 @@ def sample(
 
             return init_loss, jax.lax.map(one_chain, chains, batch_size=plan.chain_batch)
 
-        return jax.vmap(one_checkpoint)(steps, checkpoints)
+        return jax.vmap(one_checkpoint)(steps, checkpoints, sampler, nbeta, localization)
 
-    lanes = P(CHECKPOINT, CHAIN)
+    lane = P(CHECKPOINT)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(), P(CHECKPOINT), P(CHAIN), P(CHECKPOINT), P(), P(), P(), P(), P()),
-        out_specs=(P(CHECKPOINT), lanes),
+        in_specs=(P(), lane, P(CHAIN), lane, P(), lane, lane, lane, P()),
+        out_specs=(lane, P(CHECKPOINT, CHAIN)),
         # Loop carries start replicated (the anchor) and end varying; nothing is ever reduced.
         check_vma=False,
     )(

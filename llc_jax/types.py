@@ -44,14 +44,19 @@ class Evaluation(NamedTuple):
 
     Attributes:
       loss: minibatch mean loss `L_B(w)`, float32 scalar.
+      energy: `nbeta (L_B(w) - L_B(w*)) + localization/2 |w - w*|²`, float32 scalar: the negative
+        log posterior up to a constant of the minibatch, which keeps its digits.
       grad: gradient of `L_B`, like params, zero where masked.
       drift: `nbeta * grad + localization * (w - w*)`, like params, zero where masked: the
         gradient of the negative log posterior.
+      nbeta: weight of `grad` in `drift`, scalar.
     """
 
     loss: jax.Array
+    energy: jax.Array
     grad: Params
     drift: Params
+    nbeta: jax.Array
 
 
 class Sampler(Protocol):
@@ -61,6 +66,10 @@ class Sampler(Protocol):
     `step(rng_key, state, evaluate, mask) -> (State, Evaluation)`, where `evaluate(params)` is an
     `Evaluation` on the minibatch of this step, the returned one is that at the point *before* the
     step, and `mask` is None or a pytree of 0/1 like params whose zeros must not move.
+
+    Optional, for the diagnostics: `log_acceptance(move, here, there)`, the log Metropolis ratio of
+    a step; or a field `log_acceptance` of the state, that of the last step; and
+    `preconditioner(state)`, the G (like params) by which the state multiplies the step size.
     """
 
     def init(self, params: Params) -> Any:

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 
-from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
+from llc_jax.samplers.langevin import langevin_log_acceptance, langevin_step
 from llc_jax.types import Evaluation, Params
 
 
@@ -52,32 +50,9 @@ class SGLD(NamedTuple):
     ) -> tuple[SGLDState, Evaluation]:
         """One step; consumes `rng_key`; returns the evaluation at the point before the step."""
         here = evaluate(state.params)
-        noise = apply_mask(mask, standard_normal_like(rng_key, here.drift))
+        params = langevin_step(rng_key, state.params, here.drift, self.step_size, mask)
+        return SGLDState(params), here
 
-        def move(w, drift, xi):
-            step = jnp.asarray(self.step_size, drift.dtype)
-            return (at_least_float32(w) - step / 2 * drift + jnp.sqrt(step) * xi).astype(w.dtype)
-
-        return SGLDState(jax.tree.map(move, state.params, here.drift, noise)), here
-
-    def log_acceptance(
-        self, energy_change: jax.Array, move: Params, here: Evaluation, there: Evaluation
-    ) -> jax.Array:
-        """Log of the Metropolis ratio (MALA) of a step, before the cap at 0.
-
-        Args:
-          energy_change: U(w') - U(w), with U = nbeta L_B + localization/2 |w - w*|², scalar.
-          move: w' - w.
-          here: evaluation at w.
-          there: evaluation at w', on the same minibatch.
-
-        The proposal densities enter as ½ Δ·(d + d') - (ε/8)(|d'|² - |d|²), which has no
-        cancelling terms of the size of the dimension.
-
-        Source: Roberts & Tweedie 1996, eq. 2, with step variance ε.
-        """
-        step = jnp.asarray(self.step_size, energy_change.dtype)
-        vdot = optax.tree.vdot
-        symmetric = vdot(move, here.drift) + vdot(move, there.drift)
-        curvature = vdot(there.drift, there.drift) - vdot(here.drift, here.drift)
-        return -energy_change + symmetric / 2 - step / 8 * curvature
+    def log_acceptance(self, move: Params, here: Evaluation, there: Evaluation) -> jax.Array:
+        """Log Metropolis ratio (MALA) of a step; see `langevin_log_acceptance`."""
+        return langevin_log_acceptance(self.step_size, move, here, there)

@@ -1,0 +1,95 @@
+"""The stability number of a sampler: the largest eigenvalue of ε G^½ (nbeta H + localization) G^½.
+
+Langevin samplers are unstable on a quadratic where it passes 4, whatever the trace looks like,
+and their step bias is about a quarter of it in the stiffest direction. It is measured where the
+chain is, not at the anchor: flat directions wander off, and there the curvature is another one.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
+from llc_jax.types import Evaluation, Params, Sampler
+
+NUM_ITERATIONS = 12  # Hessian-vector products: outliers of a spectrum stand within a few percent
+
+
+def largest_eigenvalue(rng_key: jax.Array, matvec, params: Params, num_iterations: int):
+    """Largest eigenvalue of a symmetric operator, from below; consumes `rng_key`.
+
+    Lanczos without a stored basis: rounding makes copies of converged eigenvalues, which does no
+    harm to the largest, and the memory is that of three vectors.
+
+    Args:
+      rng_key: for the start.
+      matvec: pytree like params -> like params, at least float32.
+      params: gives shapes.
+      num_iterations: products with the operator, static.
+
+    Returns:
+      float32 scalar; 0 if the operator has no positive eigenvalue; nan if it is not finite.
+
+    Source: Paige 1972; Golub & Van Loan, Matrix Computations, section 10.1.
+    """
+    wide = jax.tree.map(at_least_float32, params)
+
+    def unit(v):
+        norm = optax.tree.norm(v)
+        safe = jnp.where(norm > 0, norm, 1).astype(jnp.float32)
+        return norm.astype(jnp.float32), jax.tree.map(lambda x: x / safe.astype(x.dtype), v)
+
+    # One product first: it takes the start out of the null space, masked coordinates included.
+    _, start = unit(matvec(standard_normal_like(rng_key, wide)))
+
+    def iterate(carry, _):
+        before, now, beta = carry
+        image = matvec(now)
+        alpha = optax.tree.vdot(now, image).astype(jnp.float32)
+        rest = jax.tree.map(
+            lambda y, v, u: y - alpha.astype(y.dtype) * v - beta.astype(y.dtype) * u,
+            image, now, before,
+        )  # fmt: skip
+        norm, following = unit(rest)
+        return (now, following, norm), (alpha, norm)
+
+    zero = jax.tree.map(jnp.zeros_like, start)
+    _, (alphas, betas) = jax.lax.scan(iterate, (zero, start, jnp.float32(0)), length=num_iterations)
+    tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
+    finite = jnp.isfinite(tridiagonal).all()
+    values = jnp.linalg.eigvalsh(jnp.where(finite, tridiagonal, 0.0))
+    return jnp.where(finite, jnp.maximum(values[-1], 0.0), jnp.nan)
+
+
+def stability_number(
+    rng_key: jax.Array, sampler: Sampler, state, evaluate, mask: Params | None = None
+) -> jax.Array:
+    """Measures the stability number of a chain at its state; consumes `rng_key`.
+
+    Args:
+      rng_key: for the start of the iteration.
+      sampler: with a field `step_size`, and `preconditioner(state)` if it has one.
+      state: of the sampler, with a field `params`.
+      evaluate: params -> `Evaluation`, on one minibatch.
+      mask: None, or 0/1 like params.
+
+    Returns:
+      float32 scalar, a lower bound that is tight where the top of the spectrum stands apart.
+    """
+    params = state.params
+    scale = jax.tree.map(lambda w: jnp.ones((), at_least_float32(w).dtype), params)
+    if hasattr(sampler, "preconditioner"):
+        scale = jax.tree.map(jnp.sqrt, sampler.preconditioner(state))
+
+    def drift(w) -> Params:
+        here: Evaluation = evaluate(w)
+        return here.drift
+
+    def matvec(v):
+        v = jax.tree.map(jnp.multiply, scale, apply_mask(mask, v))
+        tangent = jax.tree.map(lambda x, w: x.astype(w.dtype), v, params)
+        _, image = jax.jvp(drift, (params,), (tangent,))
+        return jax.tree.map(jnp.multiply, scale, image)
+
+    top = largest_eigenvalue(rng_key, matvec, params, NUM_ITERATIONS)
+    return jnp.asarray(sampler.step_size, jnp.float32) * top
