@@ -1,5 +1,6 @@
 """llc_jax: local learning coefficients of JAX models. The public names, and nothing else."""
 
+from llc_jax.calibration import calibrate
 from llc_jax.estimate import LLCEstimate
 from llc_jax.llc import (
     estimate_llc,
@@ -10,6 +11,7 @@ from llc_jax.posterior import default_nbeta
 from llc_jax.samplers import BAOAB, MALA, SGLD, SGNHT, AdamSGLD, RMSPropSGLD
 from llc_jax.smoothing import SmoothedCurve, smooth_curve
 from llc_jax.stages import Stage, find_plateaus, find_stages
+from llc_jax.sweep import extrapolate_step_size
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
 __all__ = [
@@ -27,10 +29,12 @@ __all__ = [
     "SmoothedCurve",
     "Stage",
     "Stream",
+    "calibrate",
     "default_nbeta",
     "estimate_llc",
     "estimate_llc_over_checkpoints",
     "estimate_llc_over_settings",
+    "extrapolate_step_size",
     "find_plateaus",
     "find_stages",
     "smooth_curve",

@@ -173,7 +173,7 @@ def estimate_llc_over_settings(
       ValueError: on bad input, before anything compiles.
     """
     checks.sampler_instance(sampler)
-    nbeta = _default(nbeta, data)
+    nbeta = default_nbeta_of(nbeta, data)
     leaves = [*sampler, nbeta, localization]
     try:
         grid = np.broadcast_arrays(*[np.asarray(leaf, np.float64) for leaf in leaves])
@@ -213,7 +213,7 @@ class Lane(NamedTuple):
     localization: float
 
 
-def _default(nbeta: Any, data: Batch | Stream) -> Any:
+def default_nbeta_of(nbeta: Any, data: Batch | Stream) -> Any:
     """`nbeta`, or its default."""
     if nbeta is not None:
         return nbeta
@@ -264,7 +264,7 @@ def _estimate_lanes(
     batch_size = checks.batch_size(batch_size, n, grad_accum)
 
     def settled(lane: Lane, template: Params | None) -> tuple[Lane, Params]:
-        lane = lane._replace(nbeta=_default(lane.nbeta, data))
+        lane = lane._replace(nbeta=default_nbeta_of(lane.nbeta, data))
         checks.nonnegative("nbeta", lane.nbeta)
         checks.nonnegative("localization", lane.localization)
         checks.hyperparameters(lane.sampler)

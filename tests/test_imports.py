@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "llc_jax"
 LIBRARY = {
-    "types", "posterior", "samplers", "sampling", "stability", "llc", "diagnostics", "estimate", "calibration",
+    "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics", "estimate", "calibration",
     "curvature",
     "checks", "parallel", "stages", "smoothing",
 }  # fmt: skip

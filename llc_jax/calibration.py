@@ -1,0 +1,277 @@
+"""Settings for an estimate, with reasons: step size, temperature, localization, burn-in, draws.
+
+Symbols: ε = step_size, nβ = nbeta, γ = localization, Λ = the largest eigenvalue of nβ H + γ (with
+a preconditioner: of G^½ (nβ H + γ) G^½), measured where chains are after their burn-in. Step sizes
+are counted in units of 1/Λ: a fraction f = ε Λ is unstable above 4 and biases `SGLD` by about f/4
+in the stiffest direction.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llc_jax import checks
+from llc_jax.llc import default_nbeta_of, estimate_llc_over_checkpoints, estimate_llc_over_settings
+from llc_jax.posterior import displacement
+from llc_jax.samplers import BAOAB, SGLD
+from llc_jax.sweep import Calibration, Sweep, plateau
+from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+
+STEP_FRACTION = 0.4  # of Λ: a tenth of the stability limit, a bias of at most a tenth for SGLD
+RELAXATIONS = 3.0  # burn-in in relaxation times of the flattest direction: e^-3 of it is left
+ROOM = 1.25  # growth of Λ between rounds of the pilot that counts as settled
+MAX_ROUNDS = 5
+ENOUGH = 200.0  # least effective draws: below, R-hat and the error bar itself are uncertain
+TINY = 1e-9  # step fraction that leaves a chain at its anchor
+
+
+def relaxation_steps(sampler: Sampler, localization: float) -> float:
+    """Steps in which a direction without curvature forgets its start.
+
+    Its variance approaches 1/γ like exp(-t/τ): τ = 1 / (ε γ) for overdamped samplers; for those
+    with a momentum and friction 2 sqrt(γ), critical damping, τ = 1 / sqrt(ε γ). A preconditioner
+    above 1 makes it faster.
+    """
+    rate = float(sampler.step_size) * localization
+    if rate == 0:
+        return math.inf
+    return 1 / math.sqrt(rate) if hasattr(sampler, "friction") else 1 / rate
+
+
+def weakest_localization(sampler: Sampler, stiffness: float, num_burnin: int) -> float:
+    """The smallest γ whose flat directions relax `RELAXATIONS` times within a burn-in.
+
+    Args:
+      sampler: its kind decides.
+      stiffness: Λ.
+      num_burnin: steps.
+    """
+    per_step = RELAXATIONS / num_burnin
+    exponent = 2 if hasattr(sampler, "friction") else 1
+    return stiffness / STEP_FRACTION * per_step**exponent
+
+
+def fitted(sampler: Sampler, step_size: Any, localization: Any) -> Sampler:
+    """`sampler` with this step size, and critical friction for flat directions if it has one.
+
+    Args:
+      sampler: gives the kind and the other hyperparameters.
+      step_size: scalar or array.
+      localization: of the same shape.
+    """
+    if hasattr(sampler, "friction"):
+        return sampler._replace(step_size=step_size, friction=2 * np.sqrt(localization))
+    return sampler._replace(step_size=step_size)
+
+
+def calibrate(
+    rng_key: jax.Array,
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch | Stream,
+    *,
+    nbeta: float | None = None,
+    localization: float | None = None,
+    sampler: Sampler | None = None,
+    checkpoints: Any = None,
+    step_fractions: Sequence[float] = (0.2, 0.4, 0.8),
+    nbeta_factors: Sequence[float] = (1 / 3, 1.0, 3.0),
+    localization_factors: Sequence[float] = (1.0, 3.0, 10.0),
+    num_draws: int = 500,
+    num_burnin: int = 500,
+    num_chains: int = 4,
+    relative_stderr: float = 0.02,
+    **options: Any,
+) -> Calibration:
+    """Proposes settings for `estimate_llc` at `params`, and says how far they decide the answer.
+
+    1. Λ at the anchor by a few Lanczos steps, then at the end of pilot chains, again and again
+       with the step size it demands until it settles: flat directions wander, and the curvature
+       they meet is another one than the anchor's.
+    2. A grid of step sizes (`step_fractions` / Λ), nbeta and localization, all in one program,
+       with a control at nbeta = 0, whose law is known.
+    3. Where in (nbeta, localization) the estimate is level, and by how much it changes where not.
+    4. If `checkpoints` are given, Λ along pilot chains there too; the worst sets the step size.
+
+    Args:
+      rng_key: typed key; consumed.
+      loss_fn: see `estimate_llc`.
+      params: the anchor.
+      data: see `estimate_llc`.
+      nbeta: centre of the grid; default as in `estimate_llc`.
+      localization: weakest of the grid; default the weakest that relaxes within `num_burnin`.
+      sampler: gives the kind, its step size is not used; default `BAOAB` on the full batch, and
+        `SGLD`, which minibatch noise heats less, otherwise.
+      checkpoints: {step: params} or pairs, other anchors that share the settings; optional.
+      step_fractions: f of the grid, at least one; the proposal takes the one nearest 0.4.
+      nbeta_factors: of `nbeta`.
+      localization_factors: of `localization`.
+      num_draws: draws of each chain of the grid.
+      num_burnin: their burn-in, and the length of the pilot chains.
+      num_chains: chains for each setting.
+      relative_stderr: the standard error to be reached by the proposed draws, relative to λ̂.
+      **options: of `estimate_llc_over_settings`: batch_size, grad_accum, mask, setting_batch, ...
+
+    Returns:
+      A `Calibration`; `estimate_llc(key, loss_fn, params, data, **calibration.settings)`.
+
+    Raises:
+      ValueError: on bad input, before anything compiles, and if no step size is stable.
+    """
+    nbeta = default_nbeta_of(nbeta, data)
+    checks.nonnegative("nbeta", nbeta)
+    checks.at_least("num_burnin", num_burnin, 1)
+    _check_factors(step_fractions=step_fractions, nbeta_factors=nbeta_factors,
+                   localization_factors=localization_factors)  # fmt: skip
+    if not nbeta > 0:
+        raise ValueError(f"nbeta={nbeta!r}: calibration needs a centre above 0.")
+    if localization is not None:
+        checks.nonnegative("localization", localization)
+        if not localization > 0:
+            raise ValueError(
+                f"localization={localization!r}: without a pull towards the anchor flat directions"
+                " never relax; give a number above 0, or None."
+            )
+    sampler = sampler or _default_sampler(data, options.get("batch_size"))
+    checks.sampler_instance(sampler)
+    pilot_key, sweep_key, elsewhere_key = jax.random.split(rng_key, 3)
+    chains = {"num_chains": num_chains, **options}
+
+    def stiffness_of(estimates: np.ndarray, step_sizes: np.ndarray, before: np.ndarray):
+        """Λ of each lane: what its chains measured, ten times as much where one diverged."""
+        measured = [np.max(np.where(e.diverged_at < 0, e.stability, np.nan)) for e in estimates]
+        with np.errstate(invalid="ignore"):
+            return np.where(np.isfinite(measured), measured / step_sizes, 10 * before)
+
+    # 1. At the anchor, then along pilot chains.
+    nbetas = nbeta * np.asarray(nbeta_factors, float)
+    one = estimate_llc_over_settings(
+        pilot_key, loss_fn, params, data, sampler=fitted(sampler, np.full(1, TINY), np.ones(1)),
+        nbeta=nbeta, localization=0.0, num_draws=1, num_burnin=0, **{**chains, "num_probes": 1},
+    )  # fmt: skip
+    at_anchor = float(stiffness_of(one, np.full(1, TINY), np.full(1, np.nan))[0])
+    if not math.isfinite(at_anchor):
+        raise ValueError("the Hessian at params is not finite: use another checkpoint.")
+    weakest = localization or weakest_localization(sampler, at_anchor, num_burnin)
+    if not weakest > 0:
+        raise ValueError("the Hessian at params is zero: give localization.")
+    localizations = weakest * np.asarray(localization_factors, float)
+    cells = np.array(np.meshgrid(nbetas, localizations, indexing="ij")).reshape(2, -1)
+    stiffness = at_anchor * cells[0] / nbeta + cells[1]
+    for round_ in range(MAX_ROUNDS):
+        step_sizes = STEP_FRACTION / stiffness
+        pilots = estimate_llc_over_settings(
+            jax.random.fold_in(pilot_key, round_), loss_fn, params, data,
+            sampler=fitted(sampler, step_sizes, cells[1]), nbeta=cells[0], localization=cells[1],
+            num_draws=num_burnin, num_burnin=0, **{**chains, "num_probes": 1},
+        )  # fmt: skip
+        measured = stiffness_of(pilots, step_sizes, stiffness)
+        settled = (measured <= ROOM * stiffness).all()
+        stiffness = np.maximum(stiffness, measured)
+        if settled:
+            break
+
+    # 2. The grid, and the control.
+    fractions = np.asarray(step_fractions, float)
+    control = np.stack([np.zeros_like(localizations), localizations])
+    lanes = np.concatenate([np.tile(cells, fractions.size), control], axis=1)
+    steps = np.concatenate(
+        [(fractions[:, None] / stiffness).ravel(), STEP_FRACTION / localizations]
+    )
+    estimates = estimate_llc_over_settings(
+        sweep_key, loss_fn, params, data, sampler=fitted(sampler, steps, lanes[1]),
+        nbeta=lanes[0], localization=lanes[1], num_draws=num_draws, num_burnin=num_burnin, **chains,
+    )  # fmt: skip
+    shape = (fractions.size, nbetas.size, localizations.size)
+    sweep = Sweep(
+        step_fractions=fractions,
+        nbetas=nbetas,
+        localizations=localizations,
+        step_sizes=steps[: math.prod(shape)].reshape(shape),
+        stiffness=stiffness.reshape(shape[1:]),
+        estimates=estimates[: math.prod(shape)].reshape(shape),
+        control=estimates[math.prod(shape) :],
+    )
+
+    # 3. The plateau, and what to run there.
+    chosen, found, warnings = plateau(sweep)
+    centre, nbeta, localization = nbeta, float(nbetas[chosen[1]]), float(localizations[chosen[2]])
+    best: Any = sweep.estimates[chosen]
+    stiffest = max(
+        float(sweep.stiffness[chosen[1:]]),
+        float(stiffness_of([best], sweep.step_sizes[chosen], sweep.stiffness[chosen[1:]])[0]),
+    )
+
+    # 4. Elsewhere.
+    worst_step = None
+    if checkpoints is not None:
+        near = fitted(sampler, float(fractions[chosen[0]]) / stiffest, localization)
+        pilots = estimate_llc_over_checkpoints(
+            elsewhere_key, loss_fn, checkpoints, data, sampler=near, nbeta=nbeta,
+            localization=localization, num_draws=num_burnin, num_burnin=0,
+            **{**_without(chains, "setting_batch"), "num_probes": 1},
+        )  # fmt: skip
+        for step, pilot in pilots:
+            there = float(stiffness_of([pilot], near.step_size, np.float64(stiffest))[0])
+            if there > stiffest:
+                stiffest, worst_step = there, step
+
+    step_size = float(fractions[chosen[0]]) / stiffest
+    proposal = fitted(sampler, step_size, localization)
+    tau = relaxation_steps(proposal, localization)
+    # s.e. falls like one over the root of the effective draws, which grow with the draws.
+    effective = max(best.ess * (best.stderr / (relative_stderr * best.mean)) ** 2, ENOUGH)
+    draws = num_draws * effective / best.ess
+    # Finer steps mix more slowly than those of the grid did.
+    draws *= tau / relaxation_steps(
+        fitted(sampler, float(sweep.step_sizes[chosen]), localization), localization
+    )
+    steps_needed = int(np.clip(np.nan_to_num(draws, nan=num_draws), 100, 10**6))
+    thinning = -(-steps_needed // 2000)
+    num_burnin = -(-math.ceil(RELAXATIONS * tau) // thinning)
+    return Calibration(
+        settings={
+            "sampler": proposal,
+            "nbeta": nbeta,
+            "localization": localization,
+            "num_chains": num_chains,
+            "num_draws": -(-steps_needed // thinning),
+            "num_burnin": num_burnin,
+            "thinning": thinning,
+            **_without(chains, "setting_batch", "num_chains", "num_probes"),
+        },
+        chosen=chosen,
+        sweep=sweep,
+        stiffness_at_anchor=at_anchor * nbeta / centre + localization,
+        stiffness=stiffest,
+        worst_step=worst_step,
+        sensitivity=found,
+        relaxation=tau,
+        relative_stderr=relative_stderr,
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(displacement(params, params))),
+        warnings=warnings,
+    )
+
+
+def _default_sampler(data: Batch | Stream, batch_size: int | None) -> Sampler:
+    full = not isinstance(data, Stream) and batch_size in (None, checks.data_length(data))
+    return BAOAB(1.0, 1.0) if full else SGLD(1.0)
+
+
+def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def _check_factors(**factors: Sequence[float]) -> None:
+    for name, values in factors.items():
+        array = np.asarray(values, float)
+        if (
+            array.ndim != 1
+            or not array.size
+            or not (array > 0).all()
+            or (np.diff(array) <= 0).any()
+        ):
+            raise ValueError(f"{name}={values!r}: give numbers above 0 in increasing order.")

@@ -1,0 +1,323 @@
+"""A grid of settings and what it says: where the estimate is level, and how far to trust it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llc_jax.diagnostics import mean_stderr
+from llc_jax.estimate import LLCEstimate
+
+LEVEL = 0.05  # relative change of λ̂ per e-fold of nbeta or localization that counts as level
+HOT = 0.9  # share of the free rise of the loss above which nbeta hardly restrains the chains
+
+
+class Sweep(NamedTuple):
+    """Estimates on a grid of E step sizes, B values of nbeta and G of localization.
+
+    Attributes:
+      step_fractions: [E] f = ε Λ, increasing.
+      nbetas: [B], increasing.
+      localizations: [G], increasing.
+      step_sizes: [E, B, G] ε.
+      stiffness: [B, G] Λ along pilot chains.
+      estimates: [E, B, G] `LLCEstimate`.
+      control: [G] `LLCEstimate` at nbeta = 0: chains that feel the localization only.
+    """
+
+    step_fractions: np.ndarray
+    nbetas: np.ndarray
+    localizations: np.ndarray
+    step_sizes: np.ndarray
+    stiffness: np.ndarray
+    estimates: np.ndarray
+    control: np.ndarray
+
+    def values(self, name: str) -> np.ndarray:
+        """[E, B, G] a number of each estimate, e.g. `mean`, `stderr`, `rhat`."""
+        return self.each(lambda e: float(getattr(e, name)))
+
+    def each(self, function: Callable[[LLCEstimate], Any]) -> np.ndarray:
+        """[E, B, G] a function of each estimate."""
+        flat = [function(e) for e in self.estimates.ravel()]
+        return np.asarray(flat).reshape(self.estimates.shape)
+
+
+class Sensitivity(NamedTuple):
+    """How the estimate depends on the choice, at the proposed step fraction.
+
+    Attributes:
+      nbeta: [B, G] d log λ̂ / d log nbeta; nan if there is one nbeta only.
+      localization: [B, G] d log λ̂ / d log localization; likewise.
+      level: [B, G] whether both are within `LEVEL`, or within two standard errors of it.
+      healthy: [B, G] whether the estimate passed its checks, but for a negative value.
+    """
+
+    nbeta: np.ndarray
+    localization: np.ndarray
+    level: np.ndarray
+    healthy: np.ndarray
+
+
+def healthy(estimate: LLCEstimate) -> bool:
+    """Whether nothing is wrong with the chains; a negative value is no fault of theirs."""
+    return all(label == "not a minimum" for label, _ in estimate.findings)
+
+
+def sensitivity(sweep: Sweep, row: int) -> Sensitivity:
+    """Logarithmic derivatives of λ̂ over the grid at one step fraction.
+
+    Args:
+      sweep: the grid.
+      row: index of the step fraction.
+    """
+    mean, stderr = sweep.values("mean")[row], sweep.values("stderr")[row]
+    level = np.isfinite(mean)
+    slopes = []
+    for axis, grid in enumerate((sweep.nbetas, sweep.localizations)):
+        if grid.size == 1:
+            slopes.append(np.full(mean.shape, np.nan))
+            continue
+        with np.errstate(invalid="ignore", divide="ignore"):
+            slope = np.gradient(mean, np.log(grid), axis=axis) / np.abs(mean)
+            # Neighbours two apart in the middle, one at the ends: the ends are the noisier ones.
+            noise = math.sqrt(2) * stderr / np.abs(mean) / np.log(grid[1] / grid[0])
+            level &= np.abs(slope) <= LEVEL + 2 * noise
+        slopes.append(slope)
+    sound = sweep.each(healthy)[row]
+    return Sensitivity(*slopes, level & sound, sound)
+
+
+def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]:
+    """Chooses a cell where λ̂ does not depend on the choice, or depends on it least.
+
+    The step fraction nearest 0.4. There, among the level cells, the nbeta nearest the middle of
+    the grid and with it the weakest localization, which cuts off the least. If no cell is level,
+    the healthy one with the smallest sum of both sensitivities; if none is healthy, the one with
+    the fewest findings.
+
+    Returns:
+      (index [E, B, G] of the cell, `Sensitivity`, warnings in words).
+
+    Raises:
+      ValueError: if every chain of the grid diverged.
+    """
+    row = int(np.argmin(np.abs(np.log(sweep.step_fractions / 0.4))))
+    found = sensitivity(sweep, row)
+    if not np.isfinite(sweep.values("mean")[row]).any():
+        raise ValueError(
+            "every chain of the grid diverged: give smaller step_fractions, or a larger"
+            " localization."
+        )
+    level = np.argwhere(found.level)
+    if level.size:
+        from_middle = np.abs(level[:, 0] - (sweep.nbetas.size - 1) / 2)
+        cell = level[np.lexsort((level[:, 1], from_middle))[0]]
+    else:
+        slopes = np.nansum(np.abs([found.nbeta, found.localization]), axis=0)
+        faults = sweep.each(lambda e: len(e.findings))[row]
+        dead = ~np.isfinite(sweep.values("mean")[row])
+        cell = np.argwhere(np.ones_like(dead))[
+            np.lexsort((slopes.ravel(), faults.ravel(), dead.ravel()))[0]
+        ]
+    chosen = (row, int(cell[0]), int(cell[1]))
+    return chosen, found, _warnings(sweep, chosen, found)
+
+
+def _warnings(sweep: Sweep, chosen: tuple[int, int, int], found: Sensitivity) -> list[str]:
+    best, cell = sweep.estimates[chosen], chosen[1:]
+    said = []
+    if not found.healthy[cell]:
+        said.append(f"No setting passed all checks; the proposed one: {best.verdict}.")
+    for name, slopes in (("nbeta", found.nbeta), ("localization", found.localization)):
+        slope = slopes[cell]
+        if math.isnan(slope):
+            said.append(f"Only one {name} was tried: how far it decides the answer is open.")
+        elif abs(slope) > LEVEL:
+            said.append(
+                f"The answer depends on {name}: λ̂ changes by {slope:+.0%} for each e-fold of it"
+                " at the proposed setting. Compare values at equal settings only."
+            )
+    late = sweep.estimates[chosen[0]]
+    drifting = [
+        f"nbeta {sweep.nbetas[b]:.3g}, localization {sweep.localizations[g]:.3g}"
+        for b, g in np.ndindex(late.shape)
+        if {"still drifting", "still spreading"} & {label for label, _ in late[b, g].findings}
+    ]
+    if drifting:
+        said.append(
+            f"Traces still drift or spread in {len(drifting)} of {late.size} settings"
+            f" ({'; '.join(drifting[:4])}{', ...' if len(drifting) > 4 else ''}): more burn-in"
+            " there, or more localization."
+        )
+    if sweep.step_fractions.size > 1:
+        means = sweep.values("mean")[:, *cell]
+        errors = sweep.values("stderr")[:, *cell]
+        span = np.nanmax(means) - np.nanmin(means)
+        if span > 4 * np.nanmax(errors) and span > LEVEL * abs(best.mean):
+            said.append(
+                f"The step size biases the estimate: λ̂ from {np.nanmin(means):.4g} to"
+                f" {np.nanmax(means):.4g} over ε Λ from {sweep.step_fractions[0]:g} to"
+                f" {sweep.step_fractions[-1]:g}; use a smaller step, or `extrapolate_step_size`."
+            )
+    restraint = rise(best) / rise(sweep.control[cell[1]])
+    if restraint > HOT:
+        said.append(
+            f"nbeta hardly acts: the loss rises by {restraint:.0%} of what it rises by with nbeta"
+            " = 0, so λ̂ is little more than nbeta times the mean rise in a ball around the"
+            " anchor; raise nbeta or localization."
+        )
+    return said
+
+
+def rise(estimate: LLCEstimate) -> float:
+    """Mean rise of the loss above that of the anchor, over the finite chains."""
+    kept = estimate.diverged_at < 0
+    gaps = estimate.losses.astype(np.float64) - estimate.anchor_losses
+    return float(gaps[kept].mean()) if kept.any() else math.nan
+
+
+def control_score(sweep: Sweep, column: int, num_params: int) -> tuple[float, float, float]:
+    """The control at nbeta = 0 against its law.
+
+    Without a loss the law is Gaussian: E|w - w*|² = d/γ, for `SGLD` over 1 - εγ/4.
+
+    Args:
+      sweep: the grid.
+      column: index of the localization.
+      num_params: d, sampled coordinates.
+
+    Returns:
+      (mean squared distance, the exact one, difference in standard errors).
+    """
+    estimate = sweep.control[column]
+    squared = np.square(estimate.distance.astype(np.float64))
+    settings = estimate.settings
+    exact = num_params / settings["localization"]
+    if settings["sampler"] == "SGLD":
+        exact /= 1 - settings["step_size"] * settings["localization"] / 4
+    return float(squared.mean()), exact, float((squared.mean() - exact) / mean_stderr(squared))
+
+
+def extrapolate_step_size(coarse: LLCEstimate, fine: LLCEstimate) -> tuple[float, float, float]:
+    """Richardson: removes the step bias of first order from estimates at ε and a smaller ε'.
+
+    λ̂(0) = λ̂(ε') - (λ̂(ε) - λ̂(ε')) ε' / (ε - ε'). What is left is of second order: with
+    x = ε Λ/4 in each direction, SGLD's bias on a quadratic is x + x² + ..., so the rest is at most
+    x_max times the bias removed. Both estimates may share their random numbers; the error bar
+    takes them for independent, which errs on the safe side for positive correlation.
+
+    Args:
+      coarse: at the larger step size; all other settings equal.
+      fine: at the smaller one.
+
+    Returns:
+      (λ̂(0), its standard error, bound of the remaining step bias).
+
+    Raises:
+      ValueError: if the settings differ in more than the step size.
+    """
+    differ = {
+        name: (value, fine.settings[name])
+        for name, value in coarse.settings.items()
+        if value != fine.settings[name] and not name.startswith("num_")
+    }
+    if set(differ) != {"step_size"} or differ["step_size"][0] <= differ["step_size"][1]:
+        raise ValueError(
+            f"estimates differ in {differ}: give two that differ in step_size only, the larger"
+            " first."
+        )
+    big, small = differ["step_size"]
+    weight = small / (big - small)
+    value = fine.mean - weight * (coarse.mean - fine.mean)
+    stderr = math.hypot((1 + weight) * fine.stderr, weight * coarse.stderr)
+    rest = np.nanmax(coarse.stability) / 4 * abs(fine.mean - value)
+    return value, stderr, float(rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Proposed settings, the grid they come from, and the reasons.
+
+    Attributes:
+      settings: keyword arguments for `estimate_llc`.
+      chosen: index [E, B, G] of the cell of the grid.
+      sweep: the grid.
+      stiffness_at_anchor: Λ at w*.
+      stiffness: Λ that set the step size: the largest seen, along chains.
+      worst_step: training step of the checkpoint where it was seen, None for the anchor's chains.
+      sensitivity: how the estimate depends on the choice.
+      relaxation: steps in which a direction without curvature forgets its start.
+      relative_stderr: aim of the proposed draws.
+      num_params: d.
+      warnings: what to beware of, one sentence each.
+    """
+
+    settings: Mapping[str, Any]
+    chosen: tuple[int, int, int]
+    sweep: Sweep
+    stiffness_at_anchor: float
+    stiffness: float
+    worst_step: int | None
+    sensitivity: Sensitivity
+    relaxation: float
+    relative_stderr: float
+    num_params: int
+    warnings: list[str]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why these settings: one sentence each."""
+        s, sweep = self.settings, self.sweep
+        step_size, cell = float(s["sampler"].step_size), self.chosen[1:]
+        best = sweep.estimates[self.chosen]
+        where = "along the chains" if self.worst_step is None else f"at step {self.worst_step:,}"
+        squared, exact, z = control_score(sweep, cell[1], self.num_params)
+        level = np.argwhere(self.sensitivity.level)
+        if level.size:
+            (b0, g0), (b1, g1) = level.min(axis=0), level.max(axis=0)
+            span = (
+                f"λ̂ is level in {len(level)} of {self.sensitivity.level.size} settings, with nbeta"
+                f" from {sweep.nbetas[b0]:.3g} to {sweep.nbetas[b1]:.3g} and localization from"
+                f" {sweep.localizations[g0]:.3g} to {sweep.localizations[g1]:.3g}"
+            )
+        else:
+            span = "λ̂ is level nowhere on the grid"
+        return [
+            f"step_size {step_size:.3g}: {step_size * self.stiffness:.2g} / Λ with Λ ="
+            f" {self.stiffness:.3g}, the largest curvature of the posterior {where}"
+            f" ({self.stiffness / self.stiffness_at_anchor:.2g} times that at the anchor).",
+            f"nbeta {s['nbeta']:.4g} and localization {s['localization']:.4g}: {span} (within"
+            f" {LEVEL:.0%} per e-fold); here it changes by {self.sensitivity.nbeta[cell]:+.1%} per"
+            f" e-fold of nbeta and {self.sensitivity.localization[cell]:+.1%} of localization.",
+            f"burn-in {s['num_burnin'] * s['thinning']} steps: flat directions forget their start"
+            f" in {self.relaxation:.3g} steps.",
+            f"{s['num_draws']} draws, {s['thinning']} steps apart, in {s['num_chains']} chains: for"
+            f" a standard error of {self.relative_stderr:.0%}; the grid had {best.mean:.4g} ±"
+            f" {best.stderr:.2g}.",
+            f"Control at nbeta = 0: mean squared distance {squared:.4g}, exact {exact:.4g}"
+            f" ({z:+.1f} standard errors); there the loss rises by"
+            f" {rise(sweep.control[cell[1]]):.3g}, here by {rise(best):.3g}.",
+        ]
+
+    def summary(self) -> str:
+        """Returns the settings, the reasons and the warnings as text."""
+        lines = [f"{name:<14}{value}" for name, value in self.settings.items()]
+        lines += ["", *[f"- {reason}" for reason in self.reasons]]
+        return "\n".join(lines + [f"! {warning}" for warning in self.warnings])
+
+    def __repr__(self) -> str:
+        return f"Calibration({dict(self.settings)}, {len(self.warnings)} warnings)"
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<pre>{html.escape(self.summary())}</pre>"
+
+    def plot(self):
+        """Draws the sweep; returns a matplotlib `Figure`."""
+        from llc_jax import sweep_figures
+
+        return sweep_figures.sweep_figure(self)
