@@ -142,7 +142,9 @@ def calibrate(
 
     def stiffness_of(estimates: np.ndarray, step_sizes: np.ndarray, before: np.ndarray):
         """Λ of each lane: what its chains measured, ten times as much where one diverged."""
-        measured = [np.max(np.where(e.diverged_at < 0, e.stability, np.nan)) for e in estimates]
+        measured = np.asarray(
+            [np.max(np.where(e.diverged_at < 0, e.stability, np.nan)) for e in estimates]
+        )
         with np.errstate(invalid="ignore"):
             return np.where(np.isfinite(measured), measured / step_sizes, 10 * before)
 
