@@ -8,21 +8,45 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.errors import KeyReuseError
 
-from llc_jax import SGLD, Stream, estimate_llc, estimate_llc_over_checkpoints
+from llc_jax import (
+    BAOAB,
+    MALA,
+    SGLD,
+    SGNHT,
+    AdamSGLD,
+    RMSPropSGLD,
+    Stream,
+    estimate_llc,
+    estimate_llc_over_checkpoints,
+    estimate_llc_over_settings,
+)
+from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import evaluate
 from llc_jax.sampling import sample
 from llc_jax.types import Evaluation
 
-SAMPLERS = [
-    SGLD(1e-2),
-]
+SAMPLERS = {
+    "SGLD": SGLD(1e-2),
+    "RMSPropSGLD.devinterp": RMSPropSGLD.devinterp(1e-2),
+    "RMSPropSGLD.corrected": RMSPropSGLD.corrected(1e-2),
+    "AdamSGLD": AdamSGLD(1e-2),
+    "SGNHT": SGNHT(1e-2, 3.0),
+    "BAOAB": BAOAB(1e-2, 3.0),
+    "MALA": MALA(1e-2),  # accepts nearly all; where it must not, the tests below say so
+}
 
-each_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+each_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+
+
+def test_no_sampler_is_missing():
+    from llc_jax import samplers
+
+    assert {type(sampler).__name__ for sampler in SAMPLERS.values()} == set(samplers.__all__)
+
 
 PARAMS = {
     "matrix": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2),
@@ -145,32 +169,59 @@ def test_a_grid_of_settings_is_a_vmap(sampler):
 @each_sampler
 def test_masked_weights_do_not_move(sampler):
     mask = {"matrix": np.array([[1, 0], [0, 1], [1, 0]]), "half": 0, "scalar": 1}
-    state = sampler.init(PARAMS)
+    start = state = sampler.init(PARAMS)
     for seed in range(3):
         state, _ = sampler.step(jax.random.key(seed), state, posterior(mask), mask)
     same = jax.tree.map(lambda a, b: np.asarray(a) == np.asarray(b), state.params, PARAMS)
     np.testing.assert_array_equal(same["matrix"], mask["matrix"] == 0)
     assert same["half"].all()
     assert not same["scalar"]
+    for field in {"momentum", "mean"} & set(state._fields):
+        # Nor does anything build up for them that would move them later.
+        held, before = getattr(state, field), getattr(start, field)
+        still = jax.tree.map(lambda a, b: np.asarray(a) == np.asarray(b), held, before)
+        np.testing.assert_array_equal(still["matrix"], mask["matrix"] == 0)
+        assert still["half"].all()
+        assert not still["scalar"]
 
 
-@each_sampler
+def test_the_thermostat_counts_only_what_is_sampled():
+    # From rest: mean p² over the four sampled of eleven coordinates, at both ends of the O step.
+    mask = {"matrix": np.array([[1, 0], [0, 1], [1, 0]]), "half": 0, "scalar": 1}
+    h, friction = 0.1, 3.0
+    state, here = SGNHT(h**2, friction).step(
+        jax.random.key(0), SGNHT(h**2, friction).init(PARAMS), posterior(mask), mask
+    )
+    kicked = sum(np.sum((h * np.float64(d)) ** 2) for d in jax.tree.leaves(here.drift))
+    stirred = sum(np.sum(np.float64(p) ** 2) for p in jax.tree.leaves(state.momentum))
+    assert kicked > 0.1
+    expected = friction + h / 2 * (kicked / 4 - 1) + h / 2 * (stirred / 4 - 1)
+    assert float(state.thermostat) == pytest.approx(expected, rel=1e-5)
+
+
+def test_mala_moves_everything_or_nothing():
+    # A long step, so that both happen; log u < ratio decides, and where it may not, nothing moves.
+    sampler, moves, ratios = MALA(0.2), [], []
+    for seed in range(20):
+        state, _ = sampler.step(jax.random.key(seed), sampler.init(PARAMS), posterior(), None)
+        moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state.params, PARAMS)
+        assert len(set(jax.tree.leaves(moved))) == 1
+        moves.append(moved["scalar"])
+        ratios.append(float(state.log_acceptance))
+    moves, ratios = np.array(moves), np.array(ratios)
+    assert 3 <= moves.sum() <= 17
+    assert moves[ratios >= 0].all()
+    assert ratios[moves].mean() > ratios[~moves].mean()
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS.values() if hasattr(s, "log_acceptance")])
 def test_the_way_back_has_the_inverse_metropolis_ratio(sampler):
-    if not hasattr(sampler, "log_acceptance"):
-        pytest.skip("not a Metropolis proposal")
     start = {k: jnp.asarray(v, jnp.float32) for k, v in PARAMS.items()}
     end = jax.tree.map(lambda x: 0.9 * x + 0.05, start)
     here, there = posterior()(start), posterior()(end)
-    anchor = jax.tree.map(lambda x: x.astype(jnp.float32), ANCHOR)
-
-    def energy(params, evaluation):
-        away = jax.tree.map(jnp.subtract, params, anchor)
-        return 5.0 * evaluation.loss + 0.5 * optax.tree.vdot(away, away)
-
-    change = energy(end, there) - energy(start, here)
     move = jax.tree.map(jnp.subtract, end, start)
-    forth = sampler.log_acceptance(change, move, here, there)
-    back = sampler.log_acceptance(-change, jax.tree.map(jnp.negative, move), there, here)
+    forth = sampler.log_acceptance(move, here, there)
+    back = sampler.log_acceptance(jax.tree.map(jnp.negative, move), there, here)
     assert abs(float(forth)) > 1e-4
     np.testing.assert_allclose(forth, -back, atol=1e-5)
 
@@ -217,8 +268,8 @@ def test_ten_checkpoints_three_settings_and_a_second_call_compile_once(sampler, 
 
 @pytest.mark.parametrize(
     ("sampler", "thinning"),
-    [*((sampler, 1) for sampler in SAMPLERS), (SAMPLERS[0], 2)],
-    ids=lambda x: x if isinstance(x, int) else type(x).__name__,
+    [*((sampler, 1) for sampler in SAMPLERS.values()), (SAMPLERS["SGLD"], 2)],
+    ids=[*SAMPLERS, "SGLD, thinned"],
 )
 def test_no_key_is_used_twice_in_an_estimate(sampler, thinning):
     with jax.debug_key_reuse(True):
@@ -230,7 +281,9 @@ def test_no_key_is_used_twice_in_an_estimate(sampler, thinning):
     assert estimate.settings["sampler"] == type(sampler).__name__
     for name, value in sampler._asdict().items():
         assert estimate.settings[name] == value
-    assert np.isfinite(estimate.acceptance).all() == hasattr(sampler, "log_acceptance")
+    measured = hasattr(sampler, "log_acceptance") or isinstance(sampler, MALA)
+    assert np.isfinite(estimate.acceptance).all() == measured
+    assert np.isfinite(estimate.stability).all()
 
 
 class Reuser(NamedTuple):
@@ -260,6 +313,146 @@ def test_a_planted_reuse_of_keys_is_caught(planted):
             jax.random.key(0), example_losses, WEIGHTS, data, sampler=sampler, nbeta=10.0,
             localization=1.0, **plan,
         )  # fmt: skip
+
+
+# --- layouts, neighbours, grids, half precision -----------------------------------------------
+
+CHECKPOINTS = [(step, {"w": np.full(5, step / 10, np.float32)}) for step in range(3)]
+FIELDS = ("losses", "anchor_losses", "burnin_losses", "distance", "per_chain", "stability")
+
+
+def over_checkpoints(sampler, **options):
+    return dict(
+        estimate_llc_over_checkpoints(
+            jax.random.key(0), example_losses, CHECKPOINTS, DATA, sampler=sampler, nbeta=10.0,
+            localization=1.0, **{**PLAN, **options},
+        )
+    )  # fmt: skip
+
+
+def mesh_of(rows, columns):
+    devices = np.asarray(jax.devices()[: rows * columns]).reshape(rows, columns)
+    auto = jax.sharding.AxisType.Auto
+    return jax.sharding.Mesh(devices, (CHECKPOINT, CHAIN), axis_types=(auto, auto))
+
+
+@each_sampler
+def test_neither_devices_nor_chunks_change_the_numbers(sampler):
+    together = over_checkpoints(sampler, num_chains=5, mesh=mesh_of(1, 1))
+    layouts = [{"mesh": mesh_of(1, 1), "checkpoint_batch": 3, "chain_batch": 2}]
+    if len(jax.devices()) >= 4:
+        layouts.append({"mesh": mesh_of(2, 2), "checkpoint_batch": 2})
+    for layout in layouts:
+        for step, estimate in over_checkpoints(sampler, num_chains=3, **layout).items():
+            for field in FIELDS:
+                found, expected = (getattr(e, field) for e in (estimate, together[step]))
+                np.testing.assert_array_equal(found, expected[:3], err_msg=f"{field} {layout}")
+
+
+def walled_losses(params, batch):
+    """`example_losses`, not a number beyond w[0] = wall."""
+    lost = jnp.where(params["w"][0] > batch["wall"], jnp.nan, 1.0)
+    return example_losses(params, batch["z"]) * lost
+
+
+def weights_of(params, batch):
+    """For `collect`."""
+    return params["w"]
+
+
+@each_sampler
+def test_a_diverged_chain_leaves_its_neighbours_bitwise_alone(sampler):
+    def run(wall):
+        return estimate_llc(
+            jax.random.key(0), walled_losses, WEIGHTS,
+            {"z": DATA, "wall": np.full(12, wall, np.float32)}, sampler=sampler, nbeta=10.0,
+            localization=1.0, collect=weights_of, mesh=mesh_of(1, 1),
+            **{**PLAN, "num_chains": 8, "num_draws": 40},
+        )  # fmt: skip
+
+    healthy = run(np.inf)
+    reach = healthy.collected[:, :, 0].max(axis=1)
+    victim, runner_up = np.argsort(reach)[[-1, -2]]
+    wall = np.float32((reach[victim] + reach[runner_up]) / 2)
+    assert reach[victim] > wall > reach[runner_up]
+    first = int(np.argmax(healthy.collected[victim, :, 0] > wall))
+    hurt = run(wall)
+    others = np.arange(8) != victim
+    if isinstance(sampler, MALA):
+        # A proposal beyond the wall has no energy: it is refused, and the chain lives on, but a
+        # chain that proposed to go there and was refused anyway is not changed.
+        np.testing.assert_array_equal(hurt.diverged_at, -1)
+        assert hurt.collected[:, :, 0].max() <= wall
+        before = slice(None, first)
+        np.testing.assert_array_equal(
+            hurt.collected[victim, before], healthy.collected[victim, before]
+        )
+        np.testing.assert_array_equal(
+            hurt.collected[victim, first], hurt.collected[victim, first - 1]
+        )
+    else:
+        np.testing.assert_array_equal(hurt.diverged_at, np.where(others, -1, first))
+        assert np.isnan(hurt.per_chain[victim])
+        assert np.isnan(hurt.stability[victim])
+        assert hurt.mean == healthy.per_chain[others].mean()
+    for field in (*FIELDS, "collected"):
+        found, expected = (getattr(e, field)[others] for e in (hurt, healthy))
+        np.testing.assert_array_equal(found, expected, err_msg=field)
+
+
+@each_sampler
+def test_a_grid_of_settings_compiles_once_and_equals_its_settings_one_by_one(sampler, caplog):
+    options = {**PLAN, "batch_size": 4}
+    scale = np.geomspace(0.1, 1, 5).reshape(5, 1, 1)
+    nbeta, localization = np.array([[3.0], [10.0], [30.0]]), np.array([0.5, 1.0, 2.0])
+    step_size = sampler.step_size * scale
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        grid = estimate_llc_over_settings(
+            jax.random.key(0), example_losses, WEIGHTS, DATA,
+            sampler=sampler._replace(step_size=step_size), nbeta=nbeta, localization=localization,
+            step=7, **options,
+        )  # fmt: skip
+    assert len([line for line in compiled(caplog) if "jit(sample)" in line]) == 1
+    assert grid.shape == (5, 3, 3)
+    assert len({estimate.mean for estimate in grid.flat}) == 45
+    for index in [(0, 0, 0), (4, 2, 2), (2, 1, 0), (3, 0, 2), (1, 2, 1)]:
+        i, j, k = index
+        setting = sampler._replace(step_size=float(step_size[i, 0, 0]))
+        alone = estimate_llc(
+            jax.random.key(0), example_losses, WEIGHTS, DATA, sampler=setting,
+            nbeta=float(nbeta[j, 0]), localization=float(localization[k]), step=7, **options,
+        )  # fmt: skip
+        assert grid[index].settings == alone.settings
+        for field in FIELDS:
+            np.testing.assert_allclose(
+                getattr(grid[index], field), getattr(alone, field), rtol=1e-4, atol=1e-5,
+                err_msg=field,
+            )  # fmt: skip
+
+
+@each_sampler
+def test_half_precision_weights_are_sampled_as_such(sampler):
+    half = {"w": jnp.full(5, 0.25, jnp.bfloat16)}
+    full = {"w": np.full(5, 0.25, np.float32)}
+    halved, whole = (
+        estimate_llc(
+            jax.random.key(0), wide_losses, params, DATA, sampler=sampler, nbeta=10.0,
+            localization=1.0, collect=weights_of, mesh=mesh_of(1, 1), **PLAN,
+        )
+        for params in (half, full)
+    )  # fmt: skip
+    assert halved.collected.dtype == jnp.bfloat16
+    assert whole.collected.dtype == np.float32
+    # One rounding to eight digits per step, which the pull of the posterior does not amplify.
+    away = np.max(np.abs(halved.collected.astype(np.float32) - whole.collected))
+    assert 0 < away < 8 * 2**-8 * np.max(np.abs(whole.collected))
+    assert halved.losses.dtype == np.float32
+    assert halved.stability == pytest.approx(whole.stability, rel=0.05)
+
+
+def wide_losses(params, batch):
+    """`example_losses` with a sum in float32."""
+    return example_losses({"w": params["w"].astype(jnp.float32)}, batch)
 
 
 # --- models of any make -----------------------------------------------------------------------
@@ -305,7 +498,7 @@ def test_linen_nnx_and_plain_models_give_the_same_numbers():
     }
     estimates = {
         make: estimate_llc(
-            jax.random.key(0), loss, params, {"x": INPUTS, "y": TARGETS}, sampler=SAMPLERS[0],
+            jax.random.key(0), loss, params, {"x": INPUTS, "y": TARGETS}, sampler=SGLD(1e-2),
             nbeta=5.0, localization=1.0, num_probes=0, **PLAN,
         )
         for make, (loss, params) in makes.items()

@@ -11,6 +11,7 @@ from llc_jax.diagnostics import (
     MAX_DISTANCE_GROWTH,
     MAX_DRIFT,
     MAX_RHAT,
+    MAX_STABILITY,
     MIN_ACCEPTANCE,
     MIN_ESS,
     Diagnostics,
@@ -188,6 +189,7 @@ HEALTHY = {
     "diverged_at": np.full(4, -1),
     "below_anchor": 0.01,
     "acceptance": 0.97,
+    "stability": 0.4,
     "diagnostics": Diagnostics(stderr=0.1, rhat=1.001, ess=900.0, drift=0.3, distance_growth=0.0),
 }
 
@@ -217,6 +219,9 @@ SITUATIONS = [
     ({"distance_growth": MAX_DISTANCE_GROWTH + 0.01}, "still spreading", "6%"),
     ({"ess": MIN_ESS - 1}, "few effective draws", "39 is below 40"),
     ({"ess": math.nan}, "few effective draws", "nan is below 40"),
+    ({"stability": MAX_STABILITY + 0.1}, "near instability", "is 2.1, above 2"),
+    ({"stability": 4.3}, "near instability", "lower step_size by a factor 11"),
+    ({"stability": math.inf}, "near instability", "is inf"),
     ({"acceptance": MIN_ACCEPTANCE - 0.01}, "step too large", "49%"),
 ]
 
@@ -242,6 +247,8 @@ def test_each_label_appears_exactly_in_its_situation(changes, label, words):
         {"distance_growth": MAX_DISTANCE_GROWTH},
         {"distance_growth": math.nan},
         {"ess": MIN_ESS},
+        {"stability": MAX_STABILITY},
+        {"stability": math.nan},  # not measured
         {"acceptance": MIN_ACCEPTANCE},
         {"acceptance": math.nan},  # not measured
     ],
@@ -254,11 +261,11 @@ def test_a_healthy_run_has_no_findings(changes):
 def test_all_findings_together_in_order():
     found = labels(
         diverged_at=dead(5, -1, -1, -1), mean=-3.0, rhat=2.0, drift=9.0, distance_growth=1.0,
-        ess=3.0, acceptance=0.1,
+        ess=3.0, stability=3.7, acceptance=0.1,
     )  # fmt: skip
     assert [label for label, _ in found] == [
         "1 of 4 chains diverged", "not a minimum", "chains disagree", "still drifting",
-        "still spreading", "few effective draws", "step too large",
+        "still spreading", "few effective draws", "near instability", "step too large",
     ]  # fmt: skip
 
 
@@ -266,7 +273,7 @@ def test_nothing_else_is_said_of_dead_chains():
     nan = math.nan
     found = labels(
         diverged_at=dead(1, 2, 3, 4), mean=nan, stderr=nan, below_anchor=nan, acceptance=nan,
-        rhat=nan, ess=nan, drift=nan, distance_growth=nan,
+        stability=nan, rhat=nan, ess=nan, drift=nan, distance_growth=nan,
     )  # fmt: skip
     assert [label for label, _ in found] == ["4 of 4 chains diverged"]
 

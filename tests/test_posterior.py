@@ -107,6 +107,32 @@ def test_drift_is_the_gradient_of_the_negative_log_posterior(nbeta, localization
     assert here.loss == pytest.approx(float(energy(params, anchor, 1.0, 0.0)), rel=1e-6)
 
 
+@pytest.mark.parametrize(("nbeta", "localization"), [(1.0, 0.0), (0.0, 3.0), (120.0, 7.0)])
+def test_energy_is_the_negative_log_posterior_above_the_anchor(nbeta, localization):
+    params, anchor = tanh_params(0), tanh_params(1)
+    anchor_loss = mean_loss(tanh_loss, anchor, REGRESSION)
+    scalars = jnp.float32(nbeta), jnp.float32(localization)
+    here, start = (
+        evaluate(tanh_loss, w, REGRESSION, anchor, *scalars, anchor_loss=anchor_loss)
+        for w in (params, anchor)
+    )
+    expected = energy(params, anchor, nbeta, localization) - nbeta * anchor_loss
+    assert here.energy == pytest.approx(float(expected), rel=1e-5)
+    assert start.energy == 0.0
+    assert here.nbeta == nbeta
+    # Only what is sampled is pulled; the loss is that of all weights.
+    mask = {"in": {"kernel": 0, "bias": 1}, "out": np.array([1, 0, 0, 1])}
+    held = evaluate(tanh_loss, params, REGRESSION, anchor, *scalars, mask, 1, anchor_loss)
+    away = [
+        params["in"]["bias"] - anchor["in"]["bias"],
+        (params["out"] - anchor["out"])[np.array([0, 3])],
+    ]
+    pull = localization / 2 * sum(np.sum(np.float64(x) ** 2) for x in away)
+    gap = nbeta * (float(here.loss) - float(anchor_loss))
+    assert held.energy == pytest.approx(gap + pull, rel=1e-5, abs=1e-5)
+    assert held.energy.dtype == jnp.float32
+
+
 def test_a_mask_zeroes_gradient_and_drift_and_leaves_the_rest_alone():
     params, anchor = tanh_params(0), tanh_params(1)
     mask = {"in": {"kernel": np.arange(12).reshape(3, 4) % 2, "bias": 1.0}, "out": False}

@@ -33,7 +33,7 @@ def build(model: RegressionTransformer, num_data: int, num_checkpoints: int) -> 
     params_key, data_key, chain_key = jax.random.split(jax.random.key(0), 3)
     params = init_params(params_key, model)
     task = RegressionTask(dim=model.dim, num_examples=model.num_examples)
-    number = functools.partial(jnp.asarray, dtype=jnp.float32)
+    number = functools.partial(jnp.full, num_checkpoints, dtype=jnp.float32)
     return (
         chain_key,
         jnp.arange(num_checkpoints, dtype=jnp.uint32),
@@ -63,9 +63,10 @@ def shapes(model: RegressionTransformer, mesh: Mesh, num_data: int, num_checkpoi
 
 
 def shardings(values: tuple, mesh: Mesh) -> tuple:
-    """Steps and checkpoints split over the mesh as `sample` splits them, the rest replicated."""
+    """What has a checkpoint axis split over the mesh as `sample` splits it, the rest replicated."""
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(CHECKPOINT))
-    axes = (whole, split, split, *[whole] * (len(values) - 3))
+    # key, steps, checkpoints, data, sampler, nbeta, localization, mask
+    axes = (whole, split, split, whole, split, split, split, whole)
     return tuple(
         jax.tree.map(lambda _, to=to: to, part) for part, to in zip(values, axes, strict=True)
     )

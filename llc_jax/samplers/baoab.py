@@ -70,9 +70,7 @@ class BAOAB(NamedTuple):
 
 def at_rest(params: Params) -> Params:
     """Zero momentum, like params but at least float32."""
-    return jax.tree.map(
-        lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), params
-    )
+    return jax.tree.map(lambda w: jnp.zeros_like(at_least_float32(w)), params)
 
 
 def kick(momentum: Params, drift: Params, h: jax.Array) -> Params:

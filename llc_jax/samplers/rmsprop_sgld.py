@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from llc_jax.posterior import at_least_float32
 from llc_jax.samplers.langevin import langevin_step
 from llc_jax.types import Evaluation, Params
 
@@ -95,9 +96,7 @@ class RMSPropSGLD(NamedTuple):
 
 def start_square(params: Params, value: float | jax.Array) -> Params:
     """V_0: `value` everywhere, like params but at least float32."""
-    return jax.tree.map(
-        lambda w: jnp.full(w.shape, value, jnp.promote_types(w.dtype, jnp.float32)), params
-    )
+    return jax.tree.map(lambda w: jnp.full_like(at_least_float32(w), value), params)
 
 
 def moving_average(decay: float | jax.Array, old: Params, new: Params) -> Params:
