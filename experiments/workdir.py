@@ -93,6 +93,14 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def rewind_torn_line(path: pathlib.Path) -> None:
+    """Drops a torn last line, left by a kill."""
+    if path.exists():
+        whole = path.read_text(encoding="utf-8").rpartition("\n")
+        if whole[2]:
+            write_atomic(path, whole[0] + whole[1])
+
+
 def rewind_jsonl(path: pathlib.Path, last_step: int) -> None:
     """Drops the lines of steps after `last_step`, and a torn one."""
     kept = [r for r in read_jsonl(path) if r["step"] <= last_step]

@@ -17,28 +17,30 @@ from llc_jax import checks
 from llc_jax.llc import default_nbeta_of, estimate_llc_over_checkpoints, estimate_llc_over_settings
 from llc_jax.posterior import displacement
 from llc_jax.samplers import BAOAB, SGLD
-from llc_jax.sweep import Calibration, Sweep, plateau
+from llc_jax.sweep import RELAXATIONS, Calibration, Sweep, plateau
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
 STEP_FRACTION = 0.4  # of Λ: a tenth of the stability limit, a bias of at most a tenth for SGLD
-RELAXATIONS = 3.0  # burn-in in relaxation times of the flattest direction: e^-3 of it is left
 ROOM = 1.25  # growth of Λ between rounds of the pilot that counts as settled
 MAX_ROUNDS = 5
+GROWTH = 3.0  # of the curvature on the way from the anchor, for a first guess at localization
 ENOUGH = 200.0  # least effective draws: below, R-hat and the error bar itself are uncertain
 TINY = 1e-9  # step fraction that leaves a chain at its anchor
 
 
-def relaxation_steps(sampler: Sampler, localization: float) -> float:
-    """Steps in which a direction without curvature forgets its start.
+def relaxation_steps(sampler: Sampler, localization: Any) -> np.ndarray:
+    """Steps τ in which a direction without curvature forgets its start.
 
     Its variance approaches 1/γ like exp(-t/τ): τ = 1 / (ε γ) for overdamped samplers; for those
     with a momentum and friction 2 sqrt(γ), critical damping, τ = 1 / sqrt(ε γ). A preconditioner
     above 1 makes it faster.
+
+    Args:
+      sampler: its kind and step size, scalar or array.
+      localization: γ > 0, of the same shape.
     """
-    rate = float(sampler.step_size) * localization
-    if rate == 0:
-        return math.inf
-    return 1 / math.sqrt(rate) if hasattr(sampler, "friction") else 1 / rate
+    rate = np.asarray(sampler.step_size, float) * localization
+    return 1 / np.sqrt(rate) if hasattr(sampler, "friction") else 1 / rate
 
 
 def weakest_localization(sampler: Sampler, stiffness: float, num_burnin: int) -> float:
@@ -157,7 +159,7 @@ def calibrate(
     at_anchor = float(stiffness_of(one, np.full(1, TINY), np.full(1, np.nan))[0])
     if not math.isfinite(at_anchor):
         raise ValueError("the Hessian at params is not finite: use another checkpoint.")
-    weakest = localization or weakest_localization(sampler, at_anchor, num_burnin)
+    weakest = localization or weakest_localization(sampler, GROWTH * at_anchor, num_burnin)
     if not weakest > 0:
         raise ValueError("the Hessian at params is zero: give localization.")
     localizations = weakest * np.asarray(localization_factors, float)
@@ -183,8 +185,9 @@ def calibrate(
     steps = np.concatenate(
         [(fractions[:, None] / stiffness).ravel(), STEP_FRACTION / localizations]
     )
+    samplers = fitted(sampler, steps, lanes[1])
     estimates = estimate_llc_over_settings(
-        sweep_key, loss_fn, params, data, sampler=fitted(sampler, steps, lanes[1]),
+        sweep_key, loss_fn, params, data, sampler=samplers,
         nbeta=lanes[0], localization=lanes[1], num_draws=num_draws, num_burnin=num_burnin, **chains,
     )  # fmt: skip
     shape = (fractions.size, nbetas.size, localizations.size)
@@ -194,6 +197,8 @@ def calibrate(
         localizations=localizations,
         step_sizes=steps[: math.prod(shape)].reshape(shape),
         stiffness=stiffness.reshape(shape[1:]),
+        relaxations=num_burnin
+        / relaxation_steps(samplers, lanes[1])[: math.prod(shape)].reshape(shape),
         estimates=estimates[: math.prod(shape)].reshape(shape),
         control=estimates[math.prod(shape) :],
     )
@@ -223,7 +228,7 @@ def calibrate(
 
     step_size = float(fractions[chosen[0]]) / stiffest
     proposal = fitted(sampler, step_size, localization)
-    tau = relaxation_steps(proposal, localization)
+    tau = float(relaxation_steps(proposal, localization))
     # s.e. falls like one over the root of the effective draws, which grow with the draws.
     effective = max(best.ess * (best.stderr / (relative_stderr * best.mean)) ** 2, ENOUGH)
     draws = num_draws * effective / best.ess
@@ -254,6 +259,8 @@ def calibrate(
         relaxation=tau,
         relative_stderr=relative_stderr,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(displacement(params, params))),
+        num_steps=(round_ + 1) * cells.shape[1] * num_burnin
+        + lanes.shape[1] * (num_burnin + num_draws),
         warnings=warnings,
     )
 

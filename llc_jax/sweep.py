@@ -11,6 +11,7 @@ from llc_jax.diagnostics import mean_stderr
 from llc_jax.estimate import LLCEstimate
 
 LEVEL = 0.05  # relative change of λ̂ per e-fold of nbeta or localization that counts as level
+RELAXATIONS = 3.0  # burn-in in relaxation times of the flattest direction: e^-3 of it is left
 HOT = 0.9  # share of the free rise of the loss above which nbeta hardly restrains the chains
 
 
@@ -23,6 +24,7 @@ class Sweep(NamedTuple):
       localizations: [G], increasing.
       step_sizes: [E, B, G] ε.
       stiffness: [B, G] Λ along pilot chains.
+      relaxations: [E, B, G] length of the burn-in in relaxation times of flat directions.
       estimates: [E, B, G] `LLCEstimate`.
       control: [G] `LLCEstimate` at nbeta = 0: chains that feel the localization only.
     """
@@ -32,6 +34,7 @@ class Sweep(NamedTuple):
     localizations: np.ndarray
     step_sizes: np.ndarray
     stiffness: np.ndarray
+    relaxations: np.ndarray
     estimates: np.ndarray
     control: np.ndarray
 
@@ -51,8 +54,10 @@ class Sensitivity(NamedTuple):
     Attributes:
       nbeta: [B, G] d log λ̂ / d log nbeta; nan if there is one nbeta only.
       localization: [B, G] d log λ̂ / d log localization; likewise.
-      level: [B, G] whether both are within `LEVEL`, or within two standard errors of it.
-      healthy: [B, G] whether the estimate passed its checks, but for a negative value.
+      level: [B, G] whether both are within `LEVEL`, give or take two standard errors, where these
+        are small enough to tell.
+      healthy: [B, G] whether the burn-in was long enough for the localization and the estimate
+        passed its checks; a negative value is no fault of the chains.
     """
 
     nbeta: np.ndarray
@@ -61,9 +66,9 @@ class Sensitivity(NamedTuple):
     healthy: np.ndarray
 
 
-def healthy(estimate: LLCEstimate) -> bool:
-    """Whether nothing is wrong with the chains; a negative value is no fault of theirs."""
-    return all(label == "not a minimum" for label, _ in estimate.findings)
+def faults(estimate: LLCEstimate) -> int:
+    """How much is wrong with the chains; a negative value is no fault of theirs."""
+    return sum(label != "not a minimum" for label, _ in estimate.findings)
 
 
 def sensitivity(sweep: Sweep, row: int) -> Sensitivity:
@@ -84,9 +89,9 @@ def sensitivity(sweep: Sweep, row: int) -> Sensitivity:
             slope = np.gradient(mean, np.log(grid), axis=axis) / np.abs(mean)
             # Neighbours two apart in the middle, one at the ends: the ends are the noisier ones.
             noise = math.sqrt(2) * stderr / np.abs(mean) / np.log(grid[1] / grid[0])
-            level &= np.abs(slope) <= LEVEL + 2 * noise
+            level &= (np.abs(slope) <= LEVEL + 2 * noise) & (noise <= LEVEL)
         slopes.append(slope)
-    sound = sweep.each(healthy)[row]
+    sound = (sweep.each(faults)[row] == 0) & (sweep.relaxations[row] >= RELAXATIONS)
     return Sensitivity(*slopes, level & sound, sound)
 
 
@@ -117,11 +122,10 @@ def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]
         cell = level[np.lexsort((level[:, 1], from_middle))[0]]
     else:
         slopes = np.nansum(np.abs([found.nbeta, found.localization]), axis=0)
-        faults = sweep.each(lambda e: len(e.findings))[row]
+        wrong = sweep.each(faults)[row] + (sweep.relaxations[row] < RELAXATIONS)
         dead = ~np.isfinite(sweep.values("mean")[row])
-        cell = np.argwhere(np.ones_like(dead))[
-            np.lexsort((slopes.ravel(), faults.ravel(), dead.ravel()))[0]
-        ]
+        order = np.lexsort((slopes.ravel(), wrong.ravel(), dead.ravel()))
+        cell = np.unravel_index(order[0], dead.shape)
     chosen = (row, int(cell[0]), int(cell[1]))
     return chosen, found, _warnings(sweep, chosen, found)
 
@@ -130,15 +134,19 @@ def _warnings(sweep: Sweep, chosen: tuple[int, int, int], found: Sensitivity) ->
     best, cell = sweep.estimates[chosen], chosen[1:]
     said = []
     if not found.healthy[cell]:
-        said.append(f"No setting passed all checks; the proposed one: {best.verdict}.")
+        said.append(
+            f"No setting passed all checks; the proposed one: {best.verdict}, after a burn-in of"
+            f" {sweep.relaxations[chosen]:.1f} relaxation times."
+        )
     for name, slopes in (("nbeta", found.nbeta), ("localization", found.localization)):
         slope = slopes[cell]
         if math.isnan(slope):
             said.append(f"Only one {name} was tried: how far it decides the answer is open.")
-        elif abs(slope) > LEVEL:
+        elif not found.level[cell]:
             said.append(
-                f"The answer depends on {name}: λ̂ changes by {slope:+.0%} for each e-fold of it"
-                " at the proposed setting. Compare values at equal settings only."
+                f"The answer depends on {name}, or too few draws were taken to tell: λ̂ changes by"
+                f" {slope:+.0%} for each e-fold of it at the proposed setting, where it is"
+                f" {best.mean:.3g} ± {best.stderr:.2g}. Compare values at equal settings only."
             )
     late = sweep.estimates[chosen[0]]
     drifting = [
@@ -252,6 +260,7 @@ class Calibration:
       relaxation: steps in which a direction without curvature forgets its start.
       relative_stderr: aim of the proposed draws.
       num_params: d.
+      num_steps: sampler steps spent per chain, over all settings.
       warnings: what to beware of, one sentence each.
     """
 
@@ -265,6 +274,7 @@ class Calibration:
     relaxation: float
     relative_stderr: float
     num_params: int
+    num_steps: int
     warnings: list[str]
 
     @property

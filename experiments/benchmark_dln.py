@@ -1,0 +1,311 @@
+"""Estimates λ̂ of random deep linear networks, whose coefficient is known, with calibrated settings.
+
+    python -m experiments.benchmark_dln --preset=1K
+    python -m experiments.benchmark_dln --preset=10K
+
+Each network is calibrated by `llc_jax.calibrate` with the flags below, the same for all networks,
+and then estimated with what it proposes; nothing is chosen by hand. One line of `records.jsonl`
+per network and sampler: the same command continues. At the end `summary.csv`, `summary.md` and
+`estimates.png`: estimated against true coefficient, relative error, bias, order, work.
+"""
+
+import dataclasses
+import io
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+
+from experiments import cli, workdir
+from experiments.calibrate_sgld import numbers
+from experiments.cli import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the benchmark."""
+
+    workdir: str = option("runs/dln-1K", "Folder of the results.")
+    preset: str = option("1K", "Name of the preset.")
+    class_name: str = option("1K", "Class of networks: 1K, 10K, 100K or 1M.")
+    generator: str = option("aligned", "aligned, svd_truncated or zeroed.")
+    loss: str = option("population", "population (no data), or minibatch (n samples).")
+    samplers: str = option("BAOAB", "Samplers, separated by commas.")
+    num_networks: int = option(50, "Networks per sampler.")
+    first_network: int = option(0, "Number of the first: part of its seed.")
+    seed: int = option(0, "Seed of networks and chains.")
+    nbeta: float = option(1e5, "Middle of the grid of nβ.")
+    nbeta_factors: str = option("0.333,1,3", "nβ of the grid, in units of nbeta.")
+    localization_factors: str = option("1,3,10", "γ of the grid, in units of the weakest.")
+    num_draws: int = option(1500, "Draws of the grid per chain after burn-in.")
+    num_burnin: int = option(1500, "Burn-in of the grid, and length of the pilot chains.")
+    num_chains: int = option(4, "Chains per setting.")
+    relative_stderr: float = option(0.01, "Standard error to be reached, relative to λ̂.")
+    num_data: int = option(10_000, "Samples for loss=minibatch, n.")
+    batch_size: int = option(500, "Samples per minibatch.")
+
+
+def preset(class_name: str, **changes: Any) -> Config:
+    """The benchmark of one class."""
+    return Config(
+        workdir=f"runs/dln-{class_name}", preset=class_name, class_name=class_name, **changes
+    )
+
+
+PRESETS = {
+    "smoke": dataclasses.replace(
+        preset("1K", num_networks=1, num_draws=100, num_burnin=100),
+        workdir="runs/dln-smoke", preset="smoke",
+    ),
+    "1K": preset("1K"),
+    "10K": preset("10K"),
+    "100K": preset("100K", num_networks=6),
+    "1M": preset("1M", num_networks=2),
+}  # fmt: skip
+
+# One step size per sampler as a fraction of 1/Λ: small where the step biases the law.
+STEP_FRACTION = {"BAOAB": 0.4, "SGNHT": 0.4, "SGLD": 0.1, "MALA": 0.1}
+GRADIENTS_PER_STEP = {"MALA": 2}
+
+
+def sampler_named(name: str):
+    """A sampler of this name, whose step size does not matter yet."""
+    import llc_jax
+
+    makers = {
+        "SGLD": lambda: llc_jax.SGLD(1.0),
+        "MALA": lambda: llc_jax.MALA(1.0),
+        "BAOAB": lambda: llc_jax.BAOAB(1.0, 1.0),
+        "SGNHT": lambda: llc_jax.SGNHT(1.0, 1.0),
+        "AdamSGLD": lambda: llc_jax.AdamSGLD(1.0),
+        "RMSPropSGLD": lambda: llc_jax.RMSPropSGLD.devinterp(1.0),
+        "RMSPropSGLD-corrected": lambda: llc_jax.RMSPropSGLD.corrected(1.0),
+    }
+    if name not in makers:
+        raise ValueError(f"samplers={name!r}: choose from {', '.join(makers)}.")
+    return makers[name]()
+
+
+def network(config: Config, index: int):
+    """The network of this number, and the key of its chains."""
+    import jax
+
+    from llc_jax.models import deep_linear
+
+    key = jax.random.fold_in(jax.random.key(config.seed), index)
+    shape_key, weight_key, chain_key = jax.random.split(key, 3)
+    widths, rank = deep_linear.random_architecture(shape_key, config.class_name)
+    generators = {
+        "aligned": lambda: deep_linear.aligned(weight_key, widths, rank),
+        "svd_truncated": lambda: deep_linear.svd_truncated(weight_key, widths),
+        "zeroed": lambda: deep_linear.zeroed(weight_key, widths),
+    }
+    if config.generator not in generators:
+        raise ValueError(f"generator={config.generator!r}: choose from {', '.join(generators)}.")
+    return widths, generators[config.generator](), chain_key
+
+
+def measure(config: Config, name: str, index: int) -> dict[str, Any]:
+    """Calibrates and estimates one network with one sampler."""
+    import jax
+
+    import llc_jax
+    from llc_jax.models import deep_linear
+
+    widths, net, key = network(config, index)
+    data_key, calibration_key, estimate_key = jax.random.split(key, 3)
+    options = {}
+    loss_fn, data = deep_linear.PopulationLoss(), net.batch
+    if config.loss == "minibatch":
+        loss_fn = deep_linear.MinibatchLoss()
+        data = deep_linear.sample_data(data_key, net.target, config.num_data)
+        options["batch_size"] = config.batch_size
+    elif config.loss != "population":
+        raise ValueError(f"loss={config.loss!r}: choose population or minibatch.")
+    start = time.perf_counter()
+    calibration = llc_jax.calibrate(
+        calibration_key, loss_fn, net.params, data, sampler=sampler_named(name),
+        nbeta=config.nbeta, step_fractions=(STEP_FRACTION.get(name, 0.1),),
+        nbeta_factors=numbers(config.nbeta_factors),
+        localization_factors=numbers(config.localization_factors),
+        num_draws=config.num_draws, num_burnin=config.num_burnin, num_chains=config.num_chains,
+        relative_stderr=config.relative_stderr, **options,
+    )  # fmt: skip
+    middle = time.perf_counter()
+    estimate = llc_jax.estimate_llc(estimate_key, loss_fn, net.params, data, **calibration.settings)
+    end = time.perf_counter()
+    settings = estimate.settings
+    draws = settings["num_draws"] + settings["num_burnin"]
+    reference, multiplicity = deep_linear.aoyagi_coefficient(widths, net.rank)
+    return {
+        "sampler": name,
+        "network": index,
+        "widths": list(widths),
+        "rank": net.rank,
+        "num_params": int(sum(np.size(w) for w in net.params)),
+        "aoyagi": reference,
+        "multiplicity": multiplicity,
+        "exact": net.llc,
+        "llc": estimate.mean,
+        "stderr": estimate.stderr,
+        "rhat": estimate.rhat,
+        "ess": estimate.ess,
+        "verdict": estimate.verdict,
+        "step_size": float(settings["step_size"]),
+        "nbeta": settings["nbeta"],
+        "localization": settings["localization"],
+        "steps": draws * settings["thinning"],
+        "gradients": draws * settings["thinning"] * config.num_chains
+        * GRADIENTS_PER_STEP.get(name, 1),
+        "gradients_of_calibration": calibration.num_steps * config.num_chains
+        * GRADIENTS_PER_STEP.get(name, 1),
+        "level": bool(calibration.sensitivity.level[calibration.chosen[1:]]),
+        "warnings": len(calibration.warnings),
+        "seconds_of_calibration": middle - start,
+        "seconds": end - middle,
+    }  # fmt: skip
+
+
+def order_preserved(true: np.ndarray, found: np.ndarray) -> float:
+    """Share of the pairs with different true values whose estimates are in the same order."""
+    upper = np.triu_indices(len(true), 1)
+    true_sign = np.sign(true[:, None] - true[None])[upper]
+    found_sign = np.sign(found[:, None] - found[None])[upper]
+    different = true_sign != 0
+    right = true_sign[different] == found_sign[different]
+    return float(right.mean()) if right.size else np.nan
+
+
+def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per sampler: errors against the reference, and the work."""
+    rows = []
+    for name in dict.fromkeys(r["sampler"] for r in records):
+        mine = [r for r in records if r["sampler"] == name]
+        # Rank 0 and λ = 0 do not occur: widths are at least 5.
+        true = np.array([r["aoyagi"] if r["exact"] is None else r["exact"] for r in mine])
+        found = np.array([r["llc"] for r in mine], float)
+        finite = np.isfinite(found)
+        relative = (found - true)[finite] / true[finite]
+        rows.append({
+            "sampler": name,
+            "networks": len(mine),
+            "failed": int((~finite).sum()),
+            "median_relative_error": float(np.median(np.abs(relative))),
+            "p95_relative_error": float(np.quantile(np.abs(relative), 0.95)),
+            "mean_relative_bias": float(relative.mean()),
+            "order_preserved": order_preserved(true[finite], found[finite]),
+            "median_relative_stderr": float(np.median([r["stderr"] / r["llc"] for r in mine])),
+            "share_without_warning": float(np.mean([r["verdict"] == "ok" for r in mine])),
+            "median_gradients": float(np.median([r["gradients"] for r in mine])),
+            "median_gradients_of_calibration": float(
+                np.median([r["gradients_of_calibration"] for r in mine])),
+            "median_seconds": float(np.median([r["seconds"] for r in mine])),
+            "median_seconds_of_calibration": float(
+                np.median([r["seconds_of_calibration"] for r in mine])),
+        })  # fmt: skip
+    return rows
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as CSV."""
+    import csv
+
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The summary as a Markdown table."""
+    head = ["sampler", "networks", "median error", "95th percentile", "mean bias", "order kept",
+            "gradients (calibration + estimate)", "seconds, compiling included"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in rows:
+        cells = [
+            r["sampler"], str(r["networks"]) + (f" ({r['failed']} failed)" if r["failed"] else ""),
+            f"{r['median_relative_error']:.1%}", f"{r['p95_relative_error']:.1%}",
+            f"{r['mean_relative_bias']:+.1%}", f"{r['order_preserved']:.3f}",
+            f"{r['median_gradients_of_calibration']:.2g} + {r['median_gradients']:.2g}",
+            f"{r['median_seconds_of_calibration']:.0f} + {r['median_seconds']:.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(records: list[dict[str, Any]], title: str):
+    """Estimated against true coefficient, and the relative error, a colour per sampler."""
+    from llc_jax.figures import CHAIN_COLORS, INK, LLC, VERMILLION, InlineFigure
+
+    fig = InlineFigure(figsize=(10, 4.2), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    colors = [*CHAIN_COLORS, VERMILLION, INK]
+    for i, name in enumerate(dict.fromkeys(r["sampler"] for r in records)):
+        mine = [r for r in records if r["sampler"] == name]
+        true = np.array([r["aoyagi"] if r["exact"] is None else r["exact"] for r in mine])
+        found, error = (np.array([r[k] for r in mine], float) for k in ("llc", "stderr"))
+        style = {
+            "fmt": "o",
+            "ms": 4,
+            "color": colors[i % len(colors)],
+            "elinewidth": 1,
+            "alpha": 0.8,
+        }
+        left.errorbar(true, found, error, label=name, **style)
+        right.errorbar(true, 100 * (found / true - 1), 100 * error / true, **style)
+    span = [min(r["aoyagi"] for r in records), max(r["aoyagi"] for r in records)]
+    left.plot(span, span, color=INK, lw=1, label="exact")
+    left.set(xscale="log", yscale="log", xlabel="true λ", ylabel=f"estimated {LLC} ± 1 s.e.")
+    left.legend(fontsize=8)
+    right.axhline(0, color=INK, lw=1)
+    right.axhspan(-5, 5, color=INK, alpha=0.1, lw=0, label="± 5 %")
+    right.set(xscale="log", xlabel="true λ", ylabel="relative error, %")
+    right.legend(fontsize=8)
+    fig.suptitle(title)
+    return fig
+
+
+def run(config: Config, phase: str = "dln") -> None:
+    """Measures what is missing and writes the summary."""
+    from llc_jax.figures import png
+    from llc_jax.files import write_atomic
+
+    folder = pathlib.Path(config.workdir)
+    names = config.samplers.split(",")
+    for name in names:
+        sampler_named(name)
+    growing = ("samplers", "num_networks", "first_network")
+    with workdir.lock(folder, "dln"):
+        identity = {k: v for k, v in cli.identity(config).items() if k not in growing}
+        line = cli.command("benchmark_dln", config.preset, config, PRESETS[config.preset])
+        workdir.settle(folder / "config.json", identity, {"command": line})
+        path = folder / "records.jsonl"
+        workdir.rewind_torn_line(path)
+        done = {(r["sampler"], r["network"]) for r in workdir.read_jsonl(path)}
+        indices = range(config.first_network, config.first_network + config.num_networks)
+        todo = [(n, i) for i in indices for n in names if (n, i) not in done]
+
+        def records():
+            for count, (name, index) in enumerate(todo, 1):
+                record = measure(config, name, index)
+                workdir.append_jsonl(path, record)
+                truth = record["exact"] or record["aoyagi"]
+                postfix = f" {name}: {record['llc']:.4g} ± {record['stderr']:.2g}, true {truth:g}"
+                yield count, postfix, record
+
+        for _ in cli.progress(records(), phase, len(todo), "networks"):
+            pass
+        found = workdir.read_jsonl(path)
+        rows = summary(found)
+        write_atomic(folder / "records.csv", csv_text(found))
+        write_atomic(folder / "summary.csv", csv_text(rows))
+        write_atomic(folder / "summary.md", f"`{line}`\n\n{markdown(rows)}")
+        title = f"Deep linear networks, class {config.class_name}, {config.generator}"
+        write_atomic(folder / "estimates.png", png(figure(found, title)))
+    cli.say(markdown(rows) + f"{phase}: wrote {folder}/summary.md, records.csv, estimates.png")
+
+
+if __name__ == "__main__":
+    cli.main(PRESETS, run, default="1K")
