@@ -200,18 +200,25 @@ def test_the_thermostat_counts_only_what_is_sampled():
 
 
 def test_mala_moves_everything_or_nothing():
-    # A long step, so that both happen; log u < ratio decides, and where it may not, nothing moves.
-    sampler, moves, ratios = MALA(0.2), [], []
-    for seed in range(20):
-        state, _ = sampler.step(jax.random.key(seed), sampler.init(PARAMS), posterior(), None)
-        moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state.params, PARAMS)
+    # A long step, so that both happen; nothing moves where the proposal is refused.
+    sampler, moves, ratios = MALA(0.3), [], []
+    state = sampler.init(PARAMS)
+    for seed in range(60):
+        new, _ = sampler.step(jax.random.key(seed), state, posterior(), None)
+        moved = jax.tree.map(
+            lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), new.params, state.params
+        )
         assert len(set(jax.tree.leaves(moved))) == 1
         moves.append(moved["scalar"])
-        ratios.append(float(state.log_acceptance))
+        ratios.append(float(new.log_acceptance))
+        state = new
     moves, ratios = np.array(moves), np.array(ratios)
-    assert 3 <= moves.sum() <= 17
+    assert 10 <= moves.sum() <= 50
     assert moves[ratios >= 0].all()
     assert ratios[moves].mean() > ratios[~moves].mean()
+    # The number accepted has mean Σ p and variance Σ p (1 - p).
+    p = np.exp(np.minimum(ratios, 0))
+    assert abs(moves.sum() - p.sum()) < 4 * np.sqrt(np.sum(p * (1 - p)))
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS.values() if hasattr(s, "log_acceptance")])
@@ -255,6 +262,7 @@ def test_ten_checkpoints_three_settings_and_a_second_call_compile_once(sampler, 
             )  # fmt: skip
             assert len(list(estimates)) == 10
 
+    sample.clear_cache()  # both variants of RMSPropSGLD are one program
     before = sample._cache_size()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         sweep(0, 30.0)
@@ -346,7 +354,11 @@ def test_neither_devices_nor_chunks_change_the_numbers(sampler):
         for step, estimate in over_checkpoints(sampler, num_chains=3, **layout).items():
             for field in FIELDS:
                 found, expected = (getattr(e, field) for e in (estimate, together[step]))
-                np.testing.assert_array_equal(found, expected[:3], err_msg=f"{field} {layout}")
+                # The chains are the same bit by bit; long sums in the measured eigenvalue are not.
+                rounding = 1e-5 if field == "stability" else 0
+                np.testing.assert_allclose(
+                    found, expected[:3], rtol=rounding, atol=0, err_msg=f"{field} {layout}"
+                )
 
 
 def walled_losses(params, batch):
@@ -406,6 +418,7 @@ def test_a_grid_of_settings_compiles_once_and_equals_its_settings_one_by_one(sam
     scale = np.geomspace(0.1, 1, 5).reshape(5, 1, 1)
     nbeta, localization = np.array([[3.0], [10.0], [30.0]]), np.array([0.5, 1.0, 2.0])
     step_size = sampler.step_size * scale
+    sample.clear_cache()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         grid = estimate_llc_over_settings(
             jax.random.key(0), example_losses, WEIGHTS, DATA,
