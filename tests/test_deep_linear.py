@@ -124,6 +124,8 @@ def test_local_value_is_at_least_the_global_one_which_it_attains():
                 local = local_coefficient_two_layers((m, h, n), (a, b), r)
                 lowest = aoyagi_coefficient((m, h, n), r)[0]
                 assert local >= lowest
+                # Transposing the network changes nothing, but swaps the roles of the terms.
+                assert local == local_coefficient_two_layers((n, h, m), (b, a), r)
                 above += local > lowest
                 if a == b == r or r == min(m, h, n):
                     assert local == lowest
