@@ -137,6 +137,9 @@ def test_local_value_of_a_saddle_by_hand():
     assert local_coefficient_two_layers((1, 1, 1), (1, 0), 0) == 1 / 2
     # W_1 = I_2, W_2 = 0: K = |W_2|² to leading order, N M / 2 parameters; the origin has 3/2.
     assert local_coefficient_two_layers((2, 2, 2), (2, 0), 0) == 2
+    # W_1 = e_1 e_1ᵀ, W_2 = e_1 e_2ᵀ: of the four outputs the first column and the first row move
+    # at first order, which are three; the fourth adds nothing.
+    assert local_coefficient_two_layers((2, 2, 2), (1, 1), 0) == 3 / 2
 
 
 # --- finite nbeta -----------------------------------------------------------------------------
