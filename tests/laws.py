@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import solve_discrete_lyapunov
+from scipy.optimize import brentq
 
 
 class Linear(NamedTuple):
@@ -68,6 +69,22 @@ def baoab(step_size, friction, stiffness, heat=0.0, temperature=1.0) -> Linear:
     stirred = math.sqrt(temperature * (1 - c**2)) * np.array([h / 2, 1.0])
     kick = -h * np.array([h / 2 * (1 + c), c])
     return Linear(transition, np.outer(stirred, stirred) + heat * np.outer(kick, kick))
+
+
+def rmsprop_slow_memory(step_size, epsilon, h, nbeta, localization, heat=0.0) -> float:
+    """E x² as decay -> 1: G = 1 / (sqrt(V) + epsilon) with V = E g², which E x² in turn sets."""
+    stiffness = nbeta * h + localization
+
+    def square(scale):
+        return sgld(step_size, stiffness, heat, scale).variance()
+
+    def excess(log_scale):
+        scale = math.exp(log_scale)
+        average = h**2 * square(scale) + heat / nbeta**2
+        return scale * (math.sqrt(average) + epsilon) - 1
+
+    highest = math.log(4 / (step_size * stiffness)) - 1e-9  # the limit of stability
+    return square(math.exp(brentq(excess, -20.0, min(highest, 20.0))))
 
 
 def assert_within_4_stderr(value, exact, stderr):

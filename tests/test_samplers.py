@@ -292,22 +292,6 @@ def test_adam_pays_for_the_delay_as_its_docstring_says():
 STIFF = 30.0  # nbeta; localization 1
 
 
-def rmsprop_slow_memory(step_size, epsilon, h, noise=0.0, nbeta=STIFF, localization=1.0):
-    """E x² as decay -> 1: G = 1 / (sqrt(V) + epsilon), V = h² E x² + noise / nbeta²."""
-    stiffness = nbeta * h + localization
-
-    def square(scale):
-        return laws.sgld(step_size, stiffness, noise, scale).variance()
-
-    def excess(log_scale):
-        scale = math.exp(log_scale)
-        average = h**2 * square(scale) + noise / nbeta**2
-        return scale * (math.sqrt(average) + epsilon) - 1
-
-    highest = math.log(4 / (step_size * stiffness)) - 1e-9  # the limit of stability
-    return square(math.exp(optimize.brentq(excess, -20.0, min(highest, 20.0))))
-
-
 def rmsprop_no_memory(step_size, epsilon, h, nbeta=STIFF, localization=1.0):
     """E x² at decay 0, where G(x) = 1 / (h|x| + epsilon): the chain on a fine grid."""
     stiffness = nbeta * h + localization
@@ -346,7 +330,7 @@ def test_rmsprop_is_exact_in_the_two_limits_of_its_memory_and_wrong_between(spre
         nbeta=STIFF, localization=1.0, **LONG,
     )  # fmt: skip
     none, usual, long = estimates
-    slow = llc(ALIKE, rmsprop_slow_memory(step, 0.1, 1.0, noise), STIFF)
+    slow = llc(ALIKE, laws.rmsprop_slow_memory(step, 0.1, 1.0, STIFF, 1.0, noise), STIFF)
     assert_chains_agree(long.per_chain, slow)
     if not spread:
         assert_chains_agree(none.per_chain, llc(ALIKE, rmsprop_no_memory(step, 0.1, 1.0), STIFF))
