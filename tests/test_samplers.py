@@ -351,7 +351,6 @@ def test_smaller_steps_do_not_make_rmsprop_right():
     both = RMSPropSGLD(small, 0.99, np.array([0.1, 1e-8]), 1.0, 1.0)
     estimates = grid(both, ALIKE, nbeta=STIFF, localization=1.0, **LONG)
     excess = [e.mean / llc(ALIKE, ideal, STIFF) - 1 for e in estimates]
-    print(excess, [e.stderr for e in estimates])
     assert 0.25 < excess[0] < 0.59
     assert 0.35 < excess[1] < 1.0
 

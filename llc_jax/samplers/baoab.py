@@ -35,7 +35,9 @@ class BAOAB(NamedTuple):
     about max(friction/Λ, 1/friction) / h steps, so with friction near 2 sqrt(Λ) of the flattest
     direction that counts (2 sqrt(localization) at the least), the chain needs of the order of
     sqrt(Λ_max/Λ) steps where SGLD needs Λ_max/Λ. Minibatch noise of gradient variance s heats
-    it: a temperature higher by the factor 1 + nbeta² s h / (2 friction) or so.
+    it: the variance is higher by the factor
+    1 + (ε nbeta² s / 4) coth(friction h / 2) / (1 - ε Λ/4) with ε = step_size, exactly, which is
+    about 1 + nbeta² s h / (2 friction) for small steps.
 
     Attributes:
       step_size: h² > 0, in squared units of the parameters.
