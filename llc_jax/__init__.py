@@ -1,6 +1,8 @@
 """llc_jax: local learning coefficients of JAX models. The public names, and nothing else."""
 
+from llc_jax import curvature
 from llc_jax.calibration import calibrate
+from llc_jax.curvature_sweep import Curvature, curvature_over_checkpoints
 from llc_jax.estimate import LLCEstimate
 from llc_jax.llc import (
     estimate_llc,
@@ -21,6 +23,7 @@ __all__ = [
     "SGNHT",
     "AdamSGLD",
     "Batch",
+    "Curvature",
     "LLCEstimate",
     "LossFn",
     "Params",
@@ -30,6 +33,8 @@ __all__ = [
     "Stage",
     "Stream",
     "calibrate",
+    "curvature",
+    "curvature_over_checkpoints",
     "default_nbeta",
     "estimate_llc",
     "estimate_llc_over_checkpoints",

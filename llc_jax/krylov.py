@@ -1,0 +1,111 @@
+"""The compiled part of every curvature estimate: products with random and with Krylov vectors.
+
+`operator` is a symmetric map as a pytree: a `HessianProduct`, whose arrays are traced, or a
+`jax.tree_util.Partial` of a function on pytrees.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llc_jax.hessian import HessianProduct
+from llc_jax.lanczos import Tridiagonal, lanczos
+from llc_jax.vectors import Layout
+
+
+class Plan(NamedTuple):
+    """The integers that fix the shapes of a density: static.
+
+    Attributes:
+      num_probes: P, random starts.
+      num_iterations: k, products for each.
+      num_deflated: vectors of one more run that the starts leave out; 0 for none.
+      probe_batch: starts at once.
+    """
+
+    num_probes: int
+    num_iterations: int
+    num_deflated: int = 0
+    probe_batch: int = 1
+
+    @property
+    def num_products(self) -> int:
+        """Hessian-vector products in all."""
+        extra = self.num_deflated + self.num_iterations if self.num_deflated else 0
+        return extra + self.num_probes * self.num_iterations
+
+
+def maps(operator: Any, layout: Layout) -> tuple[Callable, Callable]:
+    """(product, projection onto what the mask leaves) as functions of vectors [d]."""
+    if not isinstance(operator, HessianProduct):
+        return lambda v: layout.flatten(operator(layout.unflatten(v))), lambda v: v
+    product = operator.linearize()
+    return (
+        lambda v: layout.flatten(product(layout.unflatten(v))),
+        lambda v: layout.flatten(operator.project(layout.unflatten(v))),
+    )
+
+
+def num_weights(operator: Any, layout: Layout) -> Any:
+    """How many weights take part."""
+    mask = getattr(operator, "mask", None)
+    if mask is None:
+        return layout.size
+    sizes = [int(np.prod(shape)) for shape in layout.shapes]
+    parts = zip(jax.tree.leaves(mask), sizes, strict=True)
+    return sum(m.sum() * (size // max(np.size(m), 1)) for m, size in parts)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def quadratic_forms(rng_key, operator, layout, num_probes, probe_batch):
+    """The quadratic form of each probe [P]."""
+    product, project = maps(operator, layout)
+
+    def one(probe):
+        key = jax.random.fold_in(rng_key, probe)
+        signs = project(jax.random.rademacher(key, (layout.size,), layout.dtype))
+        return jnp.vdot(signs, product(signs))
+
+    return jax.lax.map(one, jnp.arange(num_probes), batch_size=probe_batch)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def tridiagonal(rng_key, operator, layout, num_iterations):
+    """T of one run."""
+    return _run(rng_key, *maps(operator, layout), layout, num_iterations)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def tridiagonals(rng_key, operator, layout, plan) -> tuple[Tridiagonal | None, Tridiagonal]:
+    """(T of the deflating run or None, T of the probes with leading axis [P])."""
+    product, project = maps(operator, layout)
+    deflated, basis = None, None
+    if plan.num_deflated:
+        key = jax.random.fold_in(rng_key, plan.num_probes)
+        length = min(plan.num_deflated + plan.num_iterations, layout.size)
+        deflated, basis = _run(key, product, project, layout, length)
+        basis = basis[: plan.num_deflated]
+
+    def outside(vector):
+        vector = project(vector)
+        return vector if basis is None else vector - (basis @ vector) @ basis
+
+    def one(probe):
+        key = jax.random.fold_in(rng_key, probe)
+        return _run(key, product, outside, layout, plan.num_iterations)[0]
+
+    return deflated, jax.lax.map(one, jnp.arange(plan.num_probes), batch_size=plan.probe_batch)
+
+
+def _run(rng_key, product, project, layout, num_iterations) -> tuple[Tridiagonal, jax.Array]:
+    """Lanczos from projected random normals; iteration i draws with `fold_in(rng_key, i)`."""
+
+    def draw(i):
+        key = jax.random.fold_in(rng_key, i)
+        return project(jax.random.normal(key, (layout.size,), layout.dtype))
+
+    return lanczos(product, draw, jnp.zeros(layout.size, layout.dtype), num_iterations)

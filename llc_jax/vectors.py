@@ -1,0 +1,66 @@
+"""A pytree of weights as one vector."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llc_jax.types import Params
+
+
+class Layout(NamedTuple):
+    """How a pytree of weights is one vector: static, hashable, compared by value."""
+
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, params: Params) -> "Layout":
+        """Describes `params`, arrays or their shapes."""
+        leaves, structure = jax.tree.flatten(params)
+        dtypes = [jnp.result_type(leaf) for leaf in leaves]
+        if not leaves or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+            raise ValueError(
+                f"params has leaves of dtypes {[str(d) for d in dtypes]}: give a pytree of"
+                " floating-point arrays, like those that matvec takes."
+            )
+        wide = [d.name if jnp.finfo(d).bits >= 32 else "float32" for d in dtypes]
+        return cls(structure, tuple(np.shape(leaf) for leaf in leaves), tuple(wide))
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(int(np.prod(shape)) for shape in self.shapes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The widest of the leaves, at least float32."""
+        return np.dtype(max(self.dtypes))  # "float64" > "float32"
+
+    def widen(self, params: Params) -> Params:
+        """Returns params, leaves at least float32."""
+        leaves = zip(jax.tree.leaves(params), self.dtypes, strict=True)
+        return jax.tree.unflatten(self.structure, [x.astype(dtype) for x, dtype in leaves])
+
+    def flatten(self, tree: Params) -> jax.Array:
+        """Returns the vector [size] of a tree."""
+        found = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+        if jax.tree.structure(tree) != self.structure or tuple(found) != self.shapes:
+            raise ValueError(
+                f"matvec returned {jax.tree.structure(tree)} with shapes {found}, params are"
+                f" {self.structure} with shapes {list(self.shapes)}: it must map pytrees like"
+                " params to pytrees like params."
+            )
+        return jnp.concatenate([x.reshape(-1).astype(self.dtype) for x in jax.tree.leaves(tree)])
+
+    def unflatten(self, vector: jax.Array) -> Params:
+        """Returns the tree of a vector, leaves at least float32."""
+        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes])
+        pieces = jnp.split(vector, [int(end) for end in ends[:-1]])
+        leaves = [
+            piece.reshape(shape).astype(dtype)
+            for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
+        ]
+        return jax.tree.unflatten(self.structure, leaves)
