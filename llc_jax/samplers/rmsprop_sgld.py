@@ -47,9 +47,10 @@ class RMSPropSGLD(NamedTuple):
     originals, so the law is that of a fixed G only if V remembers, 1 / (1 - decay) steps, much
     longer than the chain, 2 / (ε G Λ). As ε -> 0 at a fixed decay it tends to exp(-U) / G: on a
     full-batch quadratic up to twice the value. Measured there in equal directions, at the decay of
-    0.99: 6 % above the fixed G with ε G Λ = 0.1 and epsilon 0.1; 30 % and 39 % above the ideal value
-    with ε G Λ near 0.01 and epsilon 0.1 and 1e-8. Minibatch noise, which fills V and does not move with
-    w, lowers it (3 % instead of 6 %). No diagnostic sees it: compare with `SGLD` or `BAOAB`.
+    0.99: 6 % above the fixed G with ε G Λ = 0.1 and epsilon 0.1; 30 % and 39 % above the ideal
+    value with ε G Λ near 0.01 and epsilon 0.1 and 1e-8. Minibatch noise, which fills V and does not
+    move with w, lowers it (3 % instead of 6 %). No diagnostic sees it: compare with `SGLD` or
+    `BAOAB`.
 
     Attributes:
       step_size: ε > 0; the step that acts is ε G.
