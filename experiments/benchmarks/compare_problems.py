@@ -56,13 +56,10 @@ def deep_linear_loss(params: Params, batch: Batch) -> jax.Array:
 
 
 def layer_norm(params: Params, x: jax.Array) -> jax.Array:
-    """Layer norm over the last axis of [B, T, C]."""
+    """Layer norm over the last axis of [tokens, C]."""
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(centred**2, axis=-1, keepdims=True)
-    return (
-        centred * jax.lax.rsqrt(variance + 1e-5) * params["scale"][None, None]
-        + params["bias"][None, None]
-    )
+    return centred * jax.lax.rsqrt(variance + 1e-5) * params["scale"][None] + params["bias"][None]
 
 
 def language_loss(num_heads: int, params: Params, batch: Batch) -> jax.Array:
@@ -79,6 +76,8 @@ def language_loss(num_heads: int, params: Params, batch: Batch) -> jax.Array:
     tokens = batch["tokens"]
     x = params["token_embed"][tokens[:, :-1]] + params["position_embed"][None]
     batch_size, length, width = x.shape
+    # One axis for all tokens: with two, XLA's gradient of a weight transposes both of its factors.
+    x = x.reshape(-1, width)
     causal = jnp.tril(jnp.ones((length, length), bool))
     for name in sorted(name for name in params if name.startswith("block_")):
         block = params[name]
@@ -90,7 +89,9 @@ def language_loss(num_heads: int, params: Params, batch: Batch) -> jax.Array:
         mixed = jnp.einsum("bhts,bshn->bthn", weights, v).reshape(x.shape)
         x = x + mixed @ block["attention"]["out"]["kernel"]
     logits = layer_norm(params["final_norm"], x) @ params["unembed"]["kernel"]
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), axis=-1)
+    targets = tokens[:, 1:].reshape(-1)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.mean(nats.reshape(batch_size, length), axis=-1)
 
 
 @functools.cache  # one identity for each set of sizes: the loss is a static argument
