@@ -24,6 +24,7 @@ STEP_FRACTION = 0.4  # of Λ: a tenth of the stability limit, a bias of at most 
 ROOM = 1.25  # growth of Λ between rounds of the pilot that counts as settled
 MAX_ROUNDS = 5
 GROWTH = 3.0  # of the curvature on the way from the anchor, for a first guess at localization
+LENGTH = 8.0  # least length of a chain in relaxation times
 ENOUGH = 200.0  # least effective draws: below, R-hat and the error bar itself are uncertain
 TINY = 1e-9  # step fraction that leaves a chain at its anchor
 
@@ -236,7 +237,8 @@ def calibrate(
     draws *= tau / relaxation_steps(
         fitted(sampler, float(sweep.step_sizes[chosen]), localization), localization
     )
-    steps_needed = int(np.clip(np.nan_to_num(draws, nan=num_draws), 100, 10**6))
+    fewest = max(100.0, LENGTH * tau)
+    steps_needed = int(np.clip(np.nan_to_num(draws, nan=num_draws), fewest, 10**6))
     thinning = -(-steps_needed // 2000)
     num_burnin = -(-math.ceil(RELAXATIONS * tau) // thinning)
     return Calibration(

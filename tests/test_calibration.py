@@ -1,0 +1,313 @@
+"""Calibration: known curvature, known plateaus, planted traps."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llc_jax
+from llc_jax import BAOAB, SGLD, calibrate, estimate_llc_over_settings, extrapolate_step_size
+from llc_jax.calibration import (
+    RELAXATIONS,
+    STEP_FRACTION,
+    fitted,
+    relaxation_steps,
+    weakest_localization,
+)
+from llc_jax.sweep import LEVEL, Sweep, control_score, plateau, sensitivity
+
+ROWS, DIM = 4, 40
+
+
+def quadratic(params, batch):
+    """½ Σ h w²: the curvatures are data."""
+    return 0.5 * jnp.sum(batch * params["w"][None] ** 2, axis=-1)
+
+
+def wandering(params, batch):
+    """½ u² (1 + 4 mean v²), summed over u: curvature 1 at the anchor, more where v has gone."""
+    return batch * 0.5 * jnp.sum(params["u"] ** 2) * (1 + 4 * jnp.mean(params["v"] ** 2))
+
+
+def curvatures(h):
+    return np.broadcast_to(np.asarray(h, np.float32), (ROWS, DIM))
+
+
+ORIGIN = {"w": np.zeros(DIM, np.float32)}
+GAP = np.where(np.arange(DIM) < DIM // 2, np.linspace(0.5, 2.0, DIM), 0.0)
+NO_GAP = np.logspace(-6, 0, DIM)
+SIZES = {"num_draws": 400, "num_burnin": 300}
+
+
+@pytest.fixture(scope="module")
+def with_gap():
+    return calibrate(jax.random.key(0), quadratic, ORIGIN, curvatures(GAP), nbeta=300.0, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def without_gap():
+    return calibrate(jax.random.key(0), quadratic, ORIGIN, curvatures(NO_GAP), nbeta=300.0, **SIZES)
+
+
+@pytest.mark.parametrize("sampler", [SGLD(0.01), BAOAB(0.01, 1.0)], ids=["SGLD", "BAOAB"])
+def test_a_flat_direction_is_equilibrated_after_three_relaxation_times(sampler):
+    # The exact covariance recursion of one direction with curvature γ only, started at rest.
+    localization = 0.25
+    sampler = fitted(sampler, 0.01, localization)
+    steps = round(RELAXATIONS * float(relaxation_steps(sampler, localization)))
+    h = math.sqrt(0.01)
+    if isinstance(sampler, SGLD):
+        move, noise = np.array([[1 - 0.005 * localization]]), np.array([[0.01]])
+    else:
+        kick = np.array([[1, 0], [-h * localization, 1]])
+        drift = np.array([[1, h / 2], [0, 1]])
+        c = math.exp(-float(sampler.friction) * h)
+        move = drift @ np.diag([1, c]) @ drift @ kick
+        noise = drift @ np.diag([0, 1 - c**2]) @ drift.T
+    covariance = np.zeros_like(move)
+    history = []
+    for _ in range(steps):
+        covariance = move @ covariance @ move.T + noise
+        history.append(covariance[0, 0] * localization)
+    assert 0.9 < history[-1] < 1.01
+    assert history[steps // 6] < 0.6  # and not long before
+
+
+@pytest.mark.parametrize("sampler", [SGLD(1.0), BAOAB(1.0, 1.0)], ids=["SGLD", "BAOAB"])
+def test_the_weakest_localization_just_relaxes(sampler):
+    gamma = weakest_localization(sampler, 5000.0, 700)
+    tuned = fitted(sampler, STEP_FRACTION / 5000.0, gamma)
+    assert 700 / relaxation_steps(tuned, gamma) == pytest.approx(RELAXATIONS, rel=1e-6)
+
+
+def test_curvature_at_the_anchor_and_step_size(with_gap):
+    nbeta, gamma = with_gap.settings["nbeta"], with_gap.settings["localization"]
+    stiffest = nbeta * GAP.max() + gamma
+    assert with_gap.stiffness_at_anchor == pytest.approx(stiffest, rel=0.01)
+    # A quadratic has the same curvature everywhere.
+    assert with_gap.stiffness == pytest.approx(stiffest, rel=0.01)
+    step_size = float(with_gap.settings["sampler"].step_size)
+    assert step_size == pytest.approx(STEP_FRACTION / stiffest, rel=0.01)
+    assert with_gap.settings["sampler"].friction == pytest.approx(2 * math.sqrt(gamma))
+
+
+def test_a_plateau_is_found_and_its_value_is_right(with_gap):
+    level = with_gap.sensitivity.level
+    assert level.any()
+    assert level[with_gap.chosen[1:]]
+    assert not any("depends" in warning for warning in with_gap.warnings)
+    estimate = llc_jax.estimate_llc(
+        jax.random.key(1), quadratic, ORIGIN, curvatures(GAP), **with_gap.settings
+    )
+    nbeta, gamma = with_gap.settings["nbeta"], with_gap.settings["localization"]
+    exact = np.sum(nbeta * GAP / (nbeta * GAP + gamma)) / 2
+    assert estimate.verdict == "ok"
+    assert abs(estimate.mean - exact) < 4 * estimate.stderr
+    assert estimate.stderr < 0.05 * exact
+
+
+def test_a_spectrum_without_gap_has_no_plateau_and_says_so(without_gap):
+    # Eigenvalues at all scales: each e-fold of nbeta/γ brings DIM / log(1e6) / 2 more.
+    assert not without_gap.sensitivity.level.any()
+    assert any("depends on nbeta" in warning for warning in without_gap.warnings)
+    assert any("depends on localization" in warning for warning in without_gap.warnings)
+
+
+def test_sensitivities_are_the_exact_logarithmic_derivatives(without_gap):
+    sweep = without_gap.sweep
+
+    def exact(nbeta, gamma):
+        return np.sum(nbeta * NO_GAP / (nbeta * NO_GAP + gamma)) / 2
+
+    values = np.array([[exact(b, g) for g in sweep.localizations] for b in sweep.nbetas])
+    slope = np.gradient(values, np.log(sweep.nbetas), axis=0) / values
+    stderr = sweep.values("stderr")[without_gap.chosen[0]] / values
+    tolerance = 4 * math.sqrt(2) * stderr.max() / math.log(sweep.nbetas[1] / sweep.nbetas[0])
+    np.testing.assert_allclose(without_gap.sensitivity.nbeta, slope, atol=tolerance)
+    assert tolerance < 0.5 * slope.max()
+
+
+def test_the_control_follows_its_law(with_gap):
+    for column in range(3):
+        squared, exact, z = control_score(with_gap.sweep, column, DIM)
+        assert exact == pytest.approx(DIM / with_gap.sweep.localizations[column])
+        assert abs(z) < 4
+        assert with_gap.sweep.control[column].mean == 0.0  # nbeta = 0
+        assert squared != exact
+
+
+def test_the_report_in_words_names_numbers(with_gap):
+    text = with_gap.summary()
+    for word in ("step_size", "nbeta", "localization", "burn-in", "Control at nbeta = 0"):
+        assert word in text
+    assert f"{with_gap.stiffness:.3g}" in text
+    assert "Calibration(" in repr(with_gap)
+    assert "<pre>" in with_gap._repr_html_()
+
+
+def test_curvature_is_taken_where_the_chains_are_not_at_the_anchor():
+    params = {"u": np.zeros(4, np.float32), "v": np.zeros(8, np.float32)}
+    found = calibrate(
+        jax.random.key(0), wandering, params, np.ones(2, np.float32), nbeta=100.0,
+        localization=0.5, nbeta_factors=(1.0,), localization_factors=(1.0,),
+        step_fractions=(0.4,), **SIZES,
+    )  # fmt: skip
+    assert found.stiffness_at_anchor == pytest.approx(100.5, rel=0.01)
+    # v is free up to the pull: mean v² near 1/γ = 2, curvature near 1 + 4 · 2.
+    assert 4 < found.stiffness / found.stiffness_at_anchor < 30
+    assert found.sweep.estimates[0, 0, 0].stability.max() < 1.5
+    assert any("Only one nbeta" in warning for warning in found.warnings)
+
+
+def test_the_worst_checkpoint_sets_the_step_size():
+    stiff = {"scale": np.float32(5.0), "w": np.zeros(DIM, np.float32)}
+    soft = {"scale": np.float32(1.0), "w": np.zeros(DIM, np.float32)}
+    mask = {"scale": 0, "w": 1}
+    found = calibrate(
+        jax.random.key(0), scaled, soft, curvatures(GAP), nbeta=300.0, mask=mask,
+        localization=3.0, nbeta_factors=(1.0,), localization_factors=(1.0,),
+        step_fractions=(0.4,), checkpoints={10: soft, 70: stiff}, **SIZES,
+    )  # fmt: skip
+    assert found.worst_step == 70
+    assert found.stiffness == pytest.approx(5 * 300 * GAP.max() + 3, rel=0.02)
+    assert "at step 70" in found.summary()
+
+
+def scaled(params, batch):
+    return 0.5 * params["scale"] * jnp.sum(batch * params["w"][None] ** 2, axis=-1)
+
+
+def test_minibatches_get_sgld_and_full_batches_baoab(with_gap):
+    assert isinstance(with_gap.settings["sampler"], BAOAB)
+    found = calibrate(
+        jax.random.key(0), quadratic, ORIGIN, curvatures(GAP), nbeta=30.0, batch_size=2,
+        localization=10.0, nbeta_factors=(1.0,), localization_factors=(1.0,), num_draws=50,
+        num_burnin=50,
+    )  # fmt: skip
+    assert isinstance(found.settings["sampler"], SGLD)
+    assert found.settings["batch_size"] == 2
+    # Three step sizes, and the law of each: a bias of a quarter of ε Λ in the stiffest direction.
+    assert found.sweep.values("mean").shape == (3, 1, 1)
+
+
+# --- the grid as such -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+    """SGLD on the gapped quadratic at ε and ε/2, exact law known."""
+    steps = np.array([1.2, 0.6]) / (300 * GAP.max() + 3)
+    return estimate_llc_over_settings(
+        jax.random.key(3), quadratic, ORIGIN, curvatures(GAP), sampler=SGLD(steps), nbeta=300.0,
+        localization=3.0, num_chains=64, num_draws=2000, num_burnin=1000,
+    )  # fmt: skip
+
+
+def test_extrapolation_removes_the_step_bias(two_steps):
+    coarse, fine = two_steps
+    stiffness = 300 * GAP + 3
+
+    def exact(step_size):
+        return np.sum(300 * GAP / (stiffness * (1 - step_size * stiffness / 4))) / 2
+
+    for estimate in two_steps:
+        assert abs(estimate.mean - exact(estimate.settings["step_size"])) < 4 * estimate.stderr
+    value, stderr, rest = extrapolate_step_size(coarse, fine)
+    ideal = exact(0.0)
+    assert fine.mean - ideal > 10 * fine.stderr  # there was a bias to remove
+    assert abs(value - ideal) < 4 * stderr + rest
+    assert rest < abs(fine.mean - ideal)
+    # The formula on exact values: what is left is within the stated bound.
+    steps = [e.settings["step_size"] for e in two_steps]
+    clean = [dataclasses.replace(e, mean=exact(s)) for e, s in zip(two_steps, steps, strict=True)]
+    value, _, rest = extrapolate_step_size(*clean)
+    assert abs(value - ideal) < rest
+
+
+def test_extrapolation_refuses_estimates_that_differ_otherwise(two_steps):
+    coarse, fine = two_steps
+    with pytest.raises(ValueError, match="the larger"):
+        extrapolate_step_size(fine, coarse)
+    hotter = dataclasses.replace(fine, settings={**fine.settings, "nbeta": 1.0})
+    with pytest.raises(ValueError, match="nbeta"):
+        extrapolate_step_size(coarse, hotter)
+
+
+def made_up(with_gap, means, relaxations=10.0):
+    """A sweep whose estimates have these means [1, B, G] and tiny errors."""
+    base = with_gap.sweep.estimates[with_gap.chosen]
+    sound = dataclasses.replace(base, rhat=1.0, ess=1e4, drift=0.0, distance_growth=0.0,
+                                stderr=1e-4, below_anchor=0.0)  # fmt: skip
+    estimates = np.empty(np.shape(means), object)
+    for index in np.ndindex(estimates.shape):
+        estimates[index] = dataclasses.replace(sound, mean=float(np.asarray(means)[index]))
+    _, b, g = np.shape(means)
+    return Sweep(
+        np.array([0.4]), np.logspace(0, 1, b), np.logspace(0, 1, g), np.ones((1, b, g)),
+        np.ones((b, g)), np.broadcast_to(relaxations, (1, b, g)), estimates,
+        np.array([with_gap.sweep.control[0]] * g),
+    )  # fmt: skip
+
+
+def test_of_level_cells_the_middle_nbeta_and_the_weakest_localization_are_chosen(with_gap):
+    flat = made_up(with_gap, np.full((1, 3, 4), 7.0))
+    chosen, found, _ = plateau(flat)
+    assert chosen == (0, 1, 0)
+    assert found.level.all()
+    unrelaxed = np.full((1, 3, 4), 10.0)
+    unrelaxed[0, :, :2] = 1.0
+    chosen, found, _ = plateau(made_up(with_gap, np.full((1, 3, 4), 7.0), unrelaxed))
+    assert chosen == (0, 1, 2)
+    np.testing.assert_array_equal(found.healthy[1], [False, False, True, True])
+
+
+def test_slopes_by_hand_on_a_power_law(with_gap):
+    # λ̂ = nbeta^0.5 localization^-0.25 has these logarithmic derivatives everywhere.
+    nbetas, gammas = np.logspace(0, 1, 5), np.logspace(0, 1, 4)
+    means = nbetas[:, None] ** 0.5 * gammas[None] ** -0.25
+    found = sensitivity(made_up(with_gap, means[None]), 0)
+    np.testing.assert_allclose(found.nbeta[1:-1], 0.5, rtol=0.02)
+    np.testing.assert_allclose(found.localization[:, 1:-1], -0.25, rtol=0.02)
+    assert not found.level.any()
+    assert LEVEL < 0.25
+
+
+def test_the_figure_shows_the_grid(with_gap):
+    figure = with_gap.plot()
+    assert len(figure.axes) == 6
+    row, b, _ = with_gap.chosen
+    drawn = [line.get_ydata() for line in figure.axes[0].lines]
+    means = with_gap.sweep.values("mean")[row, b]
+    assert any(len(y) == len(means) and np.allclose(y, means) for y in drawn)
+    assert all(ax.get_xlabel() for ax in figure.axes)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nbeta": 0.0}, "centre above 0"),
+        ({"nbeta": -1.0}, "nbeta=-1.0"),
+        ({"localization": 0.0}, "flat directions never relax"),
+        ({"step_fractions": ()}, "step_fractions"),
+        ({"nbeta_factors": (3.0, 1.0)}, "increasing"),
+        ({"localization_factors": (-1.0, 1.0)}, "above 0"),
+        ({"num_burnin": 0}, "num_burnin=0"),
+        ({"sampler": SGLD}, "give an instance"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_compiles(change, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(
+            jax.random.key(0), quadratic, ORIGIN, curvatures(GAP), **{"nbeta": 300.0, **change}
+        )
+
+
+def test_a_loss_without_curvature_needs_a_localization():
+    with pytest.raises(ValueError, match="give localization"):
+        calibrate(jax.random.key(0), quadratic, ORIGIN, curvatures(0 * GAP), nbeta=300.0, **SIZES)
