@@ -59,7 +59,7 @@ def curvature_over_checkpoints(
     localization: float,
     num_eigenvalues: int = 3,
     num_deflated: int = 24,
-    num_iterations: int = 8,
+    num_iterations: int = 32,
     num_probes: int = 8,
     probe_batch: int = 1,
     micro_batch: int | None = None,
@@ -81,7 +81,7 @@ def curvature_over_checkpoints(
       localization: γ > 0, as of the λ̂ to compare with.
       num_eigenvalues: m of each end.
       num_deflated: dimension of the Krylov space, at least m.
-      num_iterations: products per probe.
+      num_iterations: products per probe; see `curvature.gaussian_llc`.
       num_probes: at least 2.
       probe_batch: probes at once for each checkpoint; bounds memory.
       micro_batch: see `curvature.hvp`; bounds memory.

@@ -55,10 +55,13 @@ def largest_eigenvalue(rng_key: jax.Array, matvec, params: Params, num_iteration
 
     zero = jax.tree.map(jnp.zeros_like, start)
     _, (alphas, betas) = jax.lax.scan(iterate, (zero, start, jnp.float32(0)), length=num_iterations)
-    tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
-    finite = jnp.isfinite(tridiagonal).all()
-    values = jnp.linalg.eigvalsh(jnp.where(finite, tridiagonal, 0.0))
-    return jnp.where(finite, jnp.maximum(values[-1], 0.0), jnp.nan)
+    finite = jnp.isfinite(alphas).all() & jnp.isfinite(betas).all()
+    # Bisection, not LAPACK: a library call per device on the host's own threads can deadlock.
+    (top,) = jax.scipy.linalg.eigh_tridiagonal(
+        jnp.where(finite, alphas, 0), jnp.where(finite, betas[:-1], 0), eigvals_only=True,
+        select="i", select_range=(num_iterations - 1, num_iterations - 1),
+    )  # fmt: skip
+    return jnp.where(finite, jnp.maximum(top, 0.0), jnp.nan)
 
 
 def stability_number(

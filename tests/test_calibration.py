@@ -49,7 +49,9 @@ def with_gap():
 
 @pytest.fixture(scope="module")
 def without_gap():
-    return calibrate(jax.random.key(0), quadratic, ORIGIN, curvatures(NO_GAP), nbeta=300.0, **SIZES)
+    # Many draws: slopes are differences, small beside the values.
+    sizes = {"num_draws": 2000, "num_burnin": 300, "num_chains": 32}
+    return calibrate(jax.random.key(0), quadratic, ORIGIN, curvatures(NO_GAP), nbeta=300.0, **sizes)
 
 
 @pytest.mark.parametrize("sampler", [SGLD(0.01), BAOAB(0.01, 1.0)], ids=["SGLD", "BAOAB"])

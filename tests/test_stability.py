@@ -138,6 +138,16 @@ def test_a_spectrum_with_an_outlier(seed):
     assert 0.99 * 3 < float(top) < 3.0001
 
 
+def test_no_library_call_inside_the_sampler():
+    # Several devices of one host that wait for LAPACK's threads at once wait for ever.
+    def top(key):
+        return largest_eigenvalue(key, lambda v: v, {"w": jnp.zeros(9)}, 12)
+
+    lowered = jax.jit(jax.vmap(top)).lower(jax.random.split(jax.random.key(0), 3))
+    assert "lapack" not in lowered.as_text()
+    assert "while" in lowered.as_text()
+
+
 INPUTS = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
 TARGETS = np.sin(INPUTS.sum(axis=1))
 
