@@ -8,7 +8,14 @@ Reads what the other experiments left there and computes nothing anew but the sm
 import dataclasses
 import pathlib
 
-from experiments import cli, estimate_llc, find_stages, train_regression, workdir
+from experiments import (
+    cli,
+    estimate_llc,
+    find_stages,
+    measure_curvature,
+    train_regression,
+    workdir,
+)
 from experiments.cli import option
 
 
@@ -77,18 +84,22 @@ def run(config: Config, phase: str = "report") -> None:
     for name, path in records.items():
         if not path.exists():
             raise ValueError(f"{path} is missing: run the experiment that makes the {name} first.")
+    curved = measure_curvature.folder_of(config)  # optional: the page does without
+    if (curved / "records.jsonl").exists():
+        records["curvature"] = curved / "config.json"
     page = root / "report.html"
     record = folder / "report.json"
     sources = pathlib.Path(__file__).parents[1] / "llc_jax"
     inputs = digest(
-        [*records.values(), root / "metrics.jsonl", sources / "report.py", sources / "figures.py"]
+        [*records.values(), *curved.glob("records.jsonl"), root / "metrics.jsonl"]
+        + [sources / name for name in ("report.py", "figures.py", "curvature_figures.py")]
         + [result_path(folder, s) for s in finished_steps(folder)]
     )
     if page.exists() and record.exists() and read_json(record)["inputs"] == inputs:
         cli.say(f"{phase}: {page} is up to date")
         return
 
-    from llc_jax import figures, report
+    from llc_jax import curvature_figures, figures, report
     from llc_jax.results import load_sweep
     from llc_jax.smoothing import smooth_curve
 
@@ -99,17 +110,22 @@ def run(config: Config, phase: str = "report") -> None:
     _, task = train_regression.setting(training)
     data, _ = estimate_llc.data_set(task, sweep_config["num_data"], sweep_config["data_seed"])
     stages = find_stages.load_stages(records["stages"])
+    curve = smooth_curve(
+        sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values,
+        kernel=contents["stages"]["config"]["kernel"],
+    )  # fmt: skip
     drawn = report.render_figures(
         sweep,
         train_steps=[m["step"] for m in metrics],
         train_losses=[m["loss"] for m in metrics],
         baselines=baselines(training, data),
-        curve=smooth_curve(
-            sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values,
-            kernel=contents["stages"]["config"]["kernel"],
-        ),
+        curve=curve,
         stages=stages,
-    )  # fmt: skip
+    )
+    if measured := measure_curvature.load(curved):
+        drawn["curvature"] = curvature_figures.curvature_figure(
+            sweep, measured, curve=curve, stages=stages
+        )
     html = report.render(
         title=f"Loss landscape of {root.name}: in-context linear regression",
         sweep=sweep,

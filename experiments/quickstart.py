@@ -1,4 +1,4 @@
-"""The whole flow in one command: train, estimate the LLC at every checkpoint, find stages, report.
+"""The whole flow in one command: train, estimate λ̂, measure curvature, find stages, report.
 
     python -m experiments.quickstart
 
@@ -9,12 +9,20 @@ both with the stages found.
 
 import dataclasses
 
-from experiments import cli, estimate_llc, find_stages, make_report, train_regression
+from experiments import (
+    cli,
+    estimate_llc,
+    find_stages,
+    make_report,
+    measure_curvature,
+    train_regression,
+)
 from experiments.cli import option
 
 PHASES = {
     "train": train_regression,
     "llc": estimate_llc,
+    "curvature": measure_curvature,
     "stages": find_stages,
     "report": make_report,
 }

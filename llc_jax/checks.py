@@ -34,18 +34,26 @@ def sampler_instance(sampler: Sampler) -> None:
 
 # Rules beyond "finite and >= 0", by the name of the hyperparameter.
 _POSITIVE = {"step_size", "friction"}
-_AT_MOST_ONE = {"decay", "momentum", "bias_correction"}
+_MEMORIES = {"decay", "momentum"}
+_AT_MOST_ONE = {*_MEMORIES, "bias_correction"}
 
 
 def hyperparameters(sampler: Sampler) -> None:
     """Checks that a sampler is an instance whose hyperparameters are scalars within their range."""
     sampler_instance(sampler)
-    for name, value in sampler._asdict().items():
+    fields = sampler._asdict()
+    corrected = fields.get("bias_correction", 1) != 0
+    for name, value in fields.items():
         nonnegative(f"{type(sampler).__name__}.{name}", value)
         if name in _POSITIVE and not value > 0:
             raise ValueError(f"{name}={value!r}: it must be above 0.")
         if name in _AT_MOST_ONE and not value <= 1:
             raise ValueError(f"{name}={value!r}: it must be from 0 to 1.")
+        if name in _MEMORIES and value == 1 and corrected:
+            raise ValueError(
+                f"{name}={value!r}: an average that never changes has nothing to correct its bias"
+                " by (0 / 0); it must be below 1, for example 0.999."
+            )
 
 
 def typed_key(rng_key: jax.Array) -> None:

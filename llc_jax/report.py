@@ -57,6 +57,7 @@ _HOW_TO_READ = (
     "R-hat near 1 and many effective draws (ESS) say that the chains agree and mix. The acceptance"
     " is that of a Metropolis test of the same steps; it is low if they are too large.",
 )
+_HEADINGS = {"traces": "Chains", "curvature": "Curvature"}
 _CAPTIONS = {
     "overview": "Above, the training loss; below, λ̂ at each checkpoint with its standard error"
     " and a smooth curve through the points. Stages are shaded: blue rises, orange falls, grey is"
@@ -66,6 +67,11 @@ _CAPTIONS = {
     " draw (thin) and its moving average (thick); chains that have settled are level after the"
     " burn-in and lie on top of each other. Below, what each chain's λ̂ would have been, had it"
     " stopped there.",
+    "curvature": "Curvature at the checkpoints themselves, under λ̂ and its stages. What λ̂ would"
+    " be if the loss were its quadratic form around the checkpoint, at the same nbeta and"
+    " localization: where the two differ, second order misses something. Below, trace and"
+    " eigenvalues of the Hessian of the mean loss; bars are standard errors over random probes,"
+    " and residuals for the eigenvalues.",
 }
 
 
@@ -124,8 +130,7 @@ def render(
         _figure(first, figures[first]),
         "<h2>Stages</h2>",
         _stages_table(stages),
-        "<h2>Chains</h2>",
-        *[_figure(name, figures[name]) for name in rest],
+        *[_section(_HEADINGS.get(name, name), [], _figure(name, figures[name])) for name in rest],
         "<h2>Checkpoints</h2>",
         _checkpoints_table(sweep),
         "<h2>Warnings</h2>",
@@ -236,8 +241,8 @@ def _warnings(sweep) -> str:
     return "\n".join(blocks)
 
 
-def _section(heading: str, contents: Sequence[Figure | str]) -> str:
-    blocks = [f"<h2>{_text(heading)}</h2>"]
+def _section(heading: str, contents: Sequence[Figure | str], *blocks: str) -> str:
+    blocks = [f"<h2>{_text(heading)}</h2>", *blocks]
     for content in contents:
         figure = isinstance(content, Figure)
         blocks.append(_figure(heading, content) if figure else f"<p>{_text(content)}</p>")

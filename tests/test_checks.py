@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from llc_jax import SGLD, Stream, estimate_llc, estimate_llc_over_checkpoints
+from llc_jax import SGLD, AdamSGLD, RMSPropSGLD, Stream, estimate_llc, estimate_llc_over_checkpoints
 
 ROWS = 6
 
@@ -123,6 +123,10 @@ CASES = {
     "seed": ({"rng_key": 0}, ["dtype None", "jax.random.key(seed)"]),
     "negative step size": ({"sampler": SGLD(-1e-3)}, ["step_size=-0.001", "give one finite"]),
     "step size of zero": ({"sampler": SGLD(0.0)}, ["step_size=0.0", "must be above 0"]),
+    "decay of one, corrected": (
+        {"sampler": RMSPropSGLD.corrected(1e-3, decay=1.0)}, ["decay=1.0", "must be below 1"],
+    ),
+    "momentum of one": ({"sampler": AdamSGLD(1e-3, 1.0)}, ["momentum=1.0", "must be below 1"]),
     "nan step size": ({"sampler": SGLD(NAN)}, ["step_size=nan", "give one finite number"]),
     "infinite step size": ({"sampler": SGLD(INF)}, ["step_size=inf", "give one finite number"]),
     "two step sizes": (

@@ -16,10 +16,20 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli, estimate_llc, find_stages, make_report, quickstart, train_regression
+import llc_jax
+from experiments import (
+    cli,
+    estimate_llc,
+    find_stages,
+    make_report,
+    measure_curvature,
+    quickstart,
+    train_regression,
+)
 from experiments import workdir as workdirs
 from llc_jax import files, results
 from llc_jax.checkpoints import CheckpointDir
+from llc_jax.losses import RegressionLoss
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -98,16 +108,46 @@ def test_quickstart_leaves_a_complete_workdir(run):
     stages = find_stages.load_stages(run / "llc" / "stages.json")
     assert stages[0].start == steps[0]
     assert stages[-1].end == steps[-1]
-    for name in ("report.html", "results.csv", "figures/overview.png", "figures/traces.png"):
+    names = ["overview", "traces", "curvature"]
+    for name in ("report.html", "results.csv", *[f"figures/{name}.png" for name in names]):
         assert (run / name).stat().st_size > 0
     assert len((run / "results.csv").read_text().splitlines()) == len(steps) + 1
+    assert len((run / "curvature" / "curvature.csv").read_text().splitlines()) == len(steps) + 1
+
+
+def test_curvature_is_that_of_the_library_and_resumes_where_it_was_killed(copy):
+    folder = copy / "curvature"
+    whole = measure_curvature.load(folder)
+    assert list(whole) == train_regression.schedule(train_config(copy))
+    model, task = train_regression.setting(train_config(copy))
+    kept = CheckpointDir(copy / "checkpoints")
+    last = list(whole)[-1]
+    data, _ = estimate_llc.data_set(task, 256, 1000)
+    matvec = llc_jax.curvature.hvp(
+        RegressionLoss(model), kept.restore_params(last), jax.tree.map(lambda x: x[:64], data)
+    )
+    top = llc_jax.curvature.top_eigenvalues(
+        jax.random.key(5), matvec, kept.restore_params(last), num_eigenvalues=1, num_iterations=40
+    )
+    assert whole[last].largest[0] == pytest.approx(top[0], rel=1e-3)
+    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    (folder / "records.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
+    (folder / "curvature.csv").unlink()
+    measure_curvature.run(
+        dataclasses.replace(measure_curvature.PRESETS["smoke"], workdir=str(copy))
+    )
+    assert (folder / "records.jsonl").read_text() == "".join(lines)
+    with pytest.raises(ValueError, match="num_probes: 2 before, 3 now"):
+        measure_curvature.run(
+            dataclasses.replace(measure_curvature.PRESETS["smoke"], workdir=str(copy), num_probes=3)
+        )
 
 
 def test_second_run_changes_nothing(copy, capsys):
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
     quickstart.run(quickstart.Config(workdir=str(copy), preset="smoke"))
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()} == before
-    assert capsys.readouterr().out.count("done") == 2
+    assert capsys.readouterr().out.count("done") == 3
 
 
 def test_same_command_same_bits(run, tmp_path):
