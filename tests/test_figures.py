@@ -8,7 +8,8 @@ import xarray
 from matplotlib.figure import Figure
 
 import llc_jax
-from llc_jax import figures
+from llc_jax import Curvature, figures
+from llc_jax.curvature_figures import curvature_figure
 from llc_jax.smoothing import smooth_curve
 from llc_jax.stages import Stage
 
@@ -271,3 +272,47 @@ def test_estimate_plots_itself_and_shows_in_notebooks():
 )
 def test_rounded_to_the_second_digit_of_the_error(value, stderr, expected):
     assert figures.rounded(value, stderr) == expected
+
+
+def measured_at(steps, llc_of=float):
+    """Made-up curvature whose numbers tell which field and step they are."""
+    return {
+        step: Curvature(
+            trace=100.0 + i, trace_stderr=1.0, largest=np.array([50.0, 20.0]) + i,
+            largest_residuals=np.array([0.0, 2.0]), smallest=np.array([-5.0, -1.0]) - i,
+            smallest_residuals=np.zeros(2), gaussian_llc=llc_of(i), gaussian_llc_stderr=0.5,
+            positive_llc=9.0 + i, positive_llc_stderr=0.25, num_products=10,
+        )
+        for i, step in enumerate(steps)
+    }  # fmt: skip
+
+
+def drawn_lines(ax):
+    joined = [line for line in ax.lines if line.get_marker() in ("o", "s")]
+    return [(line.get_xdata(), line.get_ydata()) for line in joined]
+
+
+def test_curvature_stands_under_the_llc_with_the_stages_across_all():
+    measured = measured_at(STEPS, lambda i: np.nan if i == 2 else 3.0 + i)
+    figure = curvature_figure(make_sweep(), measured, stages=STAGES)
+    _, gaussian, trace, eigenvalues = figure.axes
+    for ax in figure.axes:
+        assert bands(ax)[:3] == [(s.start, s.end) for s in STAGES]
+    count = np.arange(len(STEPS))
+    lines = drawn_lines(gaussian)
+    np.testing.assert_array_equal(lines[0][0], STEPS)
+    np.testing.assert_array_equal(lines[0][1], 9.0 + count)
+    np.testing.assert_array_equal(lines[1][1], np.where(count == 2, np.nan, 3.0 + count))
+    np.testing.assert_array_equal(drawn_lines(trace)[0][1], 100.0 + count)
+    ends = [y for _, y in drawn_lines(eigenvalues)]
+    expected = [50.0 + count, 20.0 + count, -5.0 - count, -1.0 - count]
+    np.testing.assert_array_equal(ends, expected)
+    figures.png(figure)
+
+
+def test_eigenvalues_far_apart_get_a_logarithmic_scale_that_passes_through_zero():
+    measured = measured_at([0, 1])
+    wide = {s: m._replace(largest=np.array([1e5, 1.0])) for s, m in measured.items()}
+    for found, scale in ((measured, "linear"), (wide, "symlog")):
+        axes = curvature_figure(make_sweep([0, 1]), found).axes[3]
+        assert axes.get_yscale() == scale
