@@ -1,9 +1,6 @@
 """Settings for an estimate, with reasons: step size, temperature, localization, burn-in, draws.
 
-Symbols: ε = step_size, nβ = nbeta, γ = localization, Λ = the largest eigenvalue of nβ H + γ (with
-a preconditioner: of G^½ (nβ H + γ) G^½), measured where chains are after their burn-in. Step sizes
-are counted in units of 1/Λ: a fraction f = ε Λ is unstable above 4 and biases `SGLD` by about f/4
-in the stiffest direction.
+Symbols as in `llc_jax.pilot`: ε, nβ, γ, and Λ, the largest curvature of the posterior.
 """
 
 import math
@@ -15,59 +12,14 @@ import numpy as np
 
 from llc_jax import checks
 from llc_jax.llc import default_nbeta_of, estimate_llc_over_checkpoints, estimate_llc_over_settings
+from llc_jax.pilot import Pilot, fitted, relaxation_steps, stiffness_of
 from llc_jax.posterior import displacement
 from llc_jax.samplers import BAOAB, SGLD
-from llc_jax.sweep import RELAXATIONS, Calibration, Sweep, plateau
+from llc_jax.sweep import RELAXATIONS, Calibration, Sweep, plateau, proposed_row
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
-STEP_FRACTION = 0.4  # of Λ: a tenth of the stability limit, a bias of at most a tenth for SGLD
-ROOM = 1.25  # growth of Λ between rounds of the pilot that counts as settled
-MAX_ROUNDS = 5
-GROWTH = 3.0  # of the curvature on the way from the anchor, for a first guess at localization
 LENGTH = 8.0  # least length of a chain in relaxation times
 ENOUGH = 200.0  # least effective draws: below, R-hat and the error bar itself are uncertain
-TINY = 1e-9  # step fraction that leaves a chain at its anchor
-
-
-def relaxation_steps(sampler: Sampler, localization: Any) -> np.ndarray:
-    """Steps τ in which a direction without curvature forgets its start.
-
-    Its variance approaches 1/γ like exp(-t/τ): τ = 1 / (ε γ) for overdamped samplers; for those
-    with a momentum and friction 2 sqrt(γ), critical damping, τ = 1 / sqrt(ε γ). A preconditioner
-    above 1 makes it faster.
-
-    Args:
-      sampler: its kind and step size, scalar or array.
-      localization: γ > 0, of the same shape.
-    """
-    rate = np.asarray(sampler.step_size, float) * localization
-    return 1 / np.sqrt(rate) if hasattr(sampler, "friction") else 1 / rate
-
-
-def weakest_localization(sampler: Sampler, stiffness: float, num_burnin: int) -> float:
-    """The smallest γ whose flat directions relax `RELAXATIONS` times within a burn-in.
-
-    Args:
-      sampler: its kind decides.
-      stiffness: Λ.
-      num_burnin: steps.
-    """
-    per_step = RELAXATIONS / num_burnin
-    exponent = 2 if hasattr(sampler, "friction") else 1
-    return stiffness / STEP_FRACTION * per_step**exponent
-
-
-def fitted(sampler: Sampler, step_size: Any, localization: Any) -> Sampler:
-    """`sampler` with this step size, and critical friction for flat directions if it has one.
-
-    Args:
-      sampler: gives the kind and the other hyperparameters.
-      step_size: scalar or array.
-      localization: of the same shape.
-    """
-    if hasattr(sampler, "friction"):
-        return sampler._replace(step_size=step_size, friction=2 * np.sqrt(localization))
-    return sampler._replace(step_size=step_size)
 
 
 def calibrate(
@@ -93,7 +45,8 @@ def calibrate(
 
     1. Λ at the anchor by a few Lanczos steps, then at the end of pilot chains, again and again
        with the step size it demands until it settles: flat directions wander, and the curvature
-       they meet is another one than the anchor's.
+       they meet is another one than the anchor's. How much larger depends on how far localization
+       lets them go, so its weakest affordable value is looked for with such chains, too.
     2. A grid of step sizes (`step_fractions` / Λ), nbeta and localization, all in one program,
        with a control at nbeta = 0, whose law is known.
     3. Where in (nbeta, localization) the estimate is level, and by how much it changes where not.
@@ -143,49 +96,31 @@ def calibrate(
     pilot_key, sweep_key, elsewhere_key = jax.random.split(rng_key, 3)
     chains = {"num_chains": num_chains, **options}
 
-    def stiffness_of(estimates: np.ndarray, step_sizes: np.ndarray, before: np.ndarray):
-        """Λ of each lane: what its chains measured, ten times as much where one diverged."""
-        measured = np.asarray(
-            [np.max(np.where(e.diverged_at < 0, e.stability, np.nan)) for e in estimates]
-        )
-        with np.errstate(invalid="ignore"):
-            return np.where(np.isfinite(measured), measured / step_sizes, 10 * before)
-
-    # 1. At the anchor, then along pilot chains.
-    nbetas = nbeta * np.asarray(nbeta_factors, float)
-    one = estimate_llc_over_settings(
-        pilot_key, loss_fn, params, data, sampler=fitted(sampler, np.full(1, TINY), np.ones(1)),
-        nbeta=nbeta, localization=0.0, num_draws=1, num_burnin=0, **{**chains, "num_probes": 1},
-    )  # fmt: skip
-    at_anchor = float(stiffness_of(one, np.full(1, TINY), np.full(1, np.nan))[0])
+    # 1. At the anchor, down a ladder of localizations, and at the cells of the grid.
+    fractions = np.asarray(step_fractions, float)
+    fraction = float(fractions[proposed_row(fractions)])
+    pilot = Pilot(loss_fn, params, data, sampler, fraction, num_burnin, chains)
+    anchor_key, ladder_key, cells_key = jax.random.split(pilot_key, 3)
+    at_anchor = pilot.at_anchor(anchor_key, nbeta)
     if not math.isfinite(at_anchor):
         raise ValueError("the Hessian at params is not finite: use another checkpoint.")
-    weakest = localization or weakest_localization(sampler, GROWTH * at_anchor, num_burnin)
-    if not weakest > 0:
-        raise ValueError("the Hessian at params is zero: give localization.")
-    localizations = weakest * np.asarray(localization_factors, float)
+    if localization is None:
+        if not at_anchor > 0:
+            raise ValueError("the Hessian at params has no positive eigenvalue: give localization.")
+        rungs, known = pilot.ladder(ladder_key, nbeta, at_anchor)
+        localization = pilot.affordable(rungs, known)
+    else:
+        rungs, known = np.full(1, localization), np.full(1, at_anchor + localization)
+    nbetas = nbeta * np.asarray(nbeta_factors, float)
+    localizations = localization * np.asarray(localization_factors, float)
     cells = np.array(np.meshgrid(nbetas, localizations, indexing="ij")).reshape(2, -1)
-    stiffness = at_anchor * cells[0] / nbeta + cells[1]
-    for round_ in range(MAX_ROUNDS):
-        step_sizes = STEP_FRACTION / stiffness
-        pilots = estimate_llc_over_settings(
-            jax.random.fold_in(pilot_key, round_), loss_fn, params, data,
-            sampler=fitted(sampler, step_sizes, cells[1]), nbeta=cells[0], localization=cells[1],
-            num_draws=num_burnin, num_burnin=0, **{**chains, "num_probes": 1},
-        )  # fmt: skip
-        measured = stiffness_of(pilots, step_sizes, stiffness)
-        settled = (measured <= ROOM * stiffness).all()
-        stiffness = np.maximum(stiffness, measured)
-        if settled:
-            break
+    curvature = np.exp(np.interp(np.log(cells[1]), np.log(rungs), np.log(known - rungs)))
+    stiffness = pilot.settle(cells_key, *cells, curvature * cells[0] / nbeta + cells[1])
 
     # 2. The grid, and the control.
-    fractions = np.asarray(step_fractions, float)
     control = np.stack([np.zeros_like(localizations), localizations])
     lanes = np.concatenate([np.tile(cells, fractions.size), control], axis=1)
-    steps = np.concatenate(
-        [(fractions[:, None] / stiffness).ravel(), STEP_FRACTION / localizations]
-    )
+    steps = np.concatenate([(fractions[:, None] / stiffness).ravel(), fraction / localizations])
     samplers = fitted(sampler, steps, lanes[1])
     estimates = estimate_llc_over_settings(
         sweep_key, loss_fn, params, data, sampler=samplers,
@@ -222,8 +157,8 @@ def calibrate(
             localization=localization, num_draws=num_burnin, num_burnin=0,
             **{**_without(chains, "setting_batch"), "num_probes": 1},
         )  # fmt: skip
-        for step, pilot in pilots:
-            there = float(stiffness_of([pilot], near.step_size, np.float64(stiffest))[0])
+        for step, found_there in pilots:
+            there = float(stiffness_of([found_there], near.step_size, np.float64(stiffest))[0])
             if there > stiffest:
                 stiffest, worst_step = there, step
 
@@ -240,7 +175,7 @@ def calibrate(
     fewest = max(100.0, LENGTH * tau)
     steps_needed = int(np.clip(np.nan_to_num(draws, nan=num_draws), fewest, 10**6))
     thinning = -(-steps_needed // 2000)
-    num_burnin = -(-math.ceil(RELAXATIONS * tau) // thinning)
+    burnin = -(-math.ceil(RELAXATIONS * tau) // thinning)
     return Calibration(
         settings={
             "sampler": proposal,
@@ -248,7 +183,7 @@ def calibrate(
             "localization": localization,
             "num_chains": num_chains,
             "num_draws": -(-steps_needed // thinning),
-            "num_burnin": num_burnin,
+            "num_burnin": burnin,
             "thinning": thinning,
             **_without(chains, "setting_batch", "num_chains", "num_probes"),
         },
@@ -261,8 +196,7 @@ def calibrate(
         relaxation=tau,
         relative_stderr=relative_stderr,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(displacement(params, params))),
-        num_steps=(round_ + 1) * cells.shape[1] * num_burnin
-        + lanes.shape[1] * (num_burnin + num_draws),
+        num_steps=pilot.steps // num_chains + lanes.shape[1] * (num_burnin + num_draws),
         warnings=warnings,
     )
 

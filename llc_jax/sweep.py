@@ -11,7 +11,10 @@ from llc_jax.diagnostics import mean_stderr
 from llc_jax.estimate import LLCEstimate
 
 LEVEL = 0.05  # relative change of λ̂ per e-fold of nbeta or localization that counts as level
+STEP_FRACTION = 0.4  # of Λ: a tenth of the stability limit, a bias of at most a tenth for SGLD
 RELAXATIONS = 3.0  # burn-in in relaxation times of the flattest direction: e^-3 of it is left
+# What the proposed draws, more than those of a grid, are there to cure.
+CURABLE = {"few effective draws", "chains disagree"}
 HOT = 0.9  # share of the free rise of the loss above which nbeta hardly restrains the chains
 
 
@@ -56,8 +59,8 @@ class Sensitivity(NamedTuple):
       localization: [B, G] d log λ̂ / d log localization; likewise.
       level: [B, G] whether both are within `LEVEL`, give or take two standard errors, where these
         are small enough to tell.
-      healthy: [B, G] whether the burn-in was long enough for the localization and the estimate
-        passed its checks; a negative value is no fault of the chains.
+      healthy: [B, G] whether the burn-in was long enough for the localization and the chains
+        neither diverged, drifted nor spread; not whether there were draws enough.
     """
 
     nbeta: np.ndarray
@@ -67,8 +70,14 @@ class Sensitivity(NamedTuple):
 
 
 def faults(estimate: LLCEstimate) -> int:
-    """How much is wrong with the chains; a negative value is no fault of theirs."""
-    return sum(label != "not a minimum" for label, _ in estimate.findings)
+    """How much is wrong that more draws do not cure; a negative value is no fault of the chains."""
+    harmless = CURABLE | {"not a minimum"}
+    return sum(label not in harmless for label, _ in estimate.findings)
+
+
+def proposed_row(step_fractions: np.ndarray) -> int:
+    """Index of the step fraction that is proposed: the nearest to `STEP_FRACTION`."""
+    return int(np.argmin(np.abs(np.log(np.asarray(step_fractions) / STEP_FRACTION))))
 
 
 def sensitivity(sweep: Sweep, row: int) -> Sensitivity:
@@ -98,7 +107,7 @@ def sensitivity(sweep: Sweep, row: int) -> Sensitivity:
 def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]:
     """Chooses a cell where λ̂ does not depend on the choice, or depends on it least.
 
-    The step fraction nearest 0.4. There, among the level cells, the nbeta nearest the middle of
+    At the step fraction of `proposed_row`, among the level cells, the nbeta nearest the middle of
     the grid and with it the weakest localization, which cuts off the least. If no cell is level,
     the healthy one with the smallest sum of both sensitivities; if none is healthy, the one with
     the fewest findings.
@@ -109,7 +118,7 @@ def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]
     Raises:
       ValueError: if every chain of the grid diverged.
     """
-    row = int(np.argmin(np.abs(np.log(sweep.step_fractions / 0.4))))
+    row = proposed_row(sweep.step_fractions)
     found = sensitivity(sweep, row)
     if not np.isfinite(sweep.values("mean")[row]).any():
         raise ValueError(

@@ -12,6 +12,7 @@ import pytest
 from experiments.benchmarks import (
     chain_step,
     compile_once,
+    curvature,
     devices,
     memory,
     programs,
@@ -19,7 +20,9 @@ from experiments.benchmarks import (
     tpu_aot,
 )
 from llc_jax import parallel
+from llc_jax.curvature import Estimate, hvp
 from llc_jax.models.regression import RegressionTransformer, init_params
+from llc_jax.vectors import Layout
 
 TINY = {"d_model": 4, "num_layers": 1}
 
@@ -152,3 +155,29 @@ def test_no_collectives_on_a_tpu_pod(capsys):
     tokens = (32 * 16) * 30 * 5 * 24
     assert 1 < found["flops"] / (6 * weights * tokens) < 5
     assert "collectives: none" in capsys.readouterr().out
+
+
+def scaled_squares(params, batch):
+    """½ h x² summed, one row of curvatures per example."""
+    return 0.5 * jnp.sum(batch * params["x"][None] ** 2, axis=-1)
+
+
+def test_power_iteration_finds_the_ends_it_would_and_counts_its_products():
+    spectrum = jnp.asarray([[-9.0, 6.0, 3.0, 1.0, 0.5, 0.0]])
+    params = {"x": jnp.zeros(6)}
+    operator, layout = hvp(scaled_squares, params, spectrum), Layout.of(params)
+    run = functools.partial(curvature.power_iteration, jax.random.key(0), operator, layout, 3)
+    values, products = run(500, jnp.float32(1e-5))
+    # By absolute value, as PyHessian does it; convergence is geometric in the ratio squared.
+    np.testing.assert_allclose(values, [-9.0, 6.0, 3.0], rtol=1e-3)
+    assert 10 < products < 60
+    assert run(5, jnp.float32(0.0))[1] == 15  # the limit, three times
+    loose, fewer = run(500, jnp.float32(1e-2))
+    assert fewer < products
+    assert np.abs(loose[0] + 9.0) > np.abs(values[0] + 9.0)
+
+
+def test_probes_are_as_many_as_the_error_wants():
+    # 64 probes gave 8 %; 2 % takes 16 times as many.
+    assert curvature.probes_needed(Estimate(50.0, 4.0)) == 64 * 16
+    assert curvature.probes_needed(Estimate(50.0, 1e-9)) == 2

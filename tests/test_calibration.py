@@ -10,14 +10,16 @@ import pytest
 
 import llc_jax
 from llc_jax import BAOAB, SGLD, calibrate, estimate_llc_over_settings, extrapolate_step_size
-from llc_jax.calibration import (
+from llc_jax.pilot import fitted, relaxation_steps, weakest_localization
+from llc_jax.sweep import (
+    LEVEL,
     RELAXATIONS,
     STEP_FRACTION,
-    fitted,
-    relaxation_steps,
-    weakest_localization,
+    Sweep,
+    control_score,
+    plateau,
+    sensitivity,
 )
-from llc_jax.sweep import LEVEL, Sweep, control_score, plateau, sensitivity
 
 ROWS, DIM = 4, 40
 
@@ -80,7 +82,7 @@ def test_a_flat_direction_is_equilibrated_after_three_relaxation_times(sampler):
 
 @pytest.mark.parametrize("sampler", [SGLD(1.0), BAOAB(1.0, 1.0)], ids=["SGLD", "BAOAB"])
 def test_the_weakest_localization_just_relaxes(sampler):
-    gamma = weakest_localization(sampler, 5000.0, 700)
+    gamma = weakest_localization(sampler, 5000.0, STEP_FRACTION, 700)
     tuned = fitted(sampler, STEP_FRACTION / 5000.0, gamma)
     assert 700 / relaxation_steps(tuned, gamma) == pytest.approx(RELAXATIONS, rel=1e-6)
 
@@ -311,5 +313,5 @@ def test_bad_input_is_refused_before_anything_compiles(change, message):
 
 
 def test_a_loss_without_curvature_needs_a_localization():
-    with pytest.raises(ValueError, match="give localization"):
+    with pytest.raises(ValueError, match="no positive eigenvalue: give localization"):
         calibrate(jax.random.key(0), quadratic, ORIGIN, curvatures(0 * GAP), nbeta=300.0, **SIZES)

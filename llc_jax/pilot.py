@@ -1,0 +1,168 @@
+"""Pilot chains: the curvature that chains meet, and the weakest localization they can afford.
+
+Symbols: ε = step_size, nβ = nbeta, γ = localization, Λ = the largest eigenvalue of nβ H + γ (with
+a preconditioner: of G^½ (nβ H + γ) G^½), measured where chains are. Step sizes are counted in units
+of 1/Λ: a fraction f = ε Λ is unstable above 4 and biases `SGLD` by about f/4 in the stiffest
+direction. A relaxation time is the number of steps in which a direction without curvature forgets
+its start.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from llc_jax.llc import estimate_llc_over_settings
+from llc_jax.sweep import RELAXATIONS
+from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+
+ROOM = 1.25  # growth of Λ between rounds that counts as settled
+MAX_ROUNDS = 5
+GROWTH = 3.0  # of the curvature on the way from the anchor, for a first guess at γ
+RUNGS = GROWTH ** np.arange(5)  # of the ladder of γ, in units of that guess
+MARGIN = 1.2  # of the burn-in, for what the ladder does not see
+TINY = 1e-9  # step fraction that leaves a chain at its anchor
+
+
+def relaxation_steps(sampler: Sampler, localization: Any) -> np.ndarray:
+    """Steps τ in which a direction without curvature forgets its start.
+
+    Its variance approaches 1/γ like exp(-t/τ): τ = 1 / (ε γ) for overdamped samplers; for those
+    with a momentum and friction 2 sqrt(γ), critical damping, τ = 1 / sqrt(ε γ). A preconditioner
+    above 1 makes it faster.
+
+    Args:
+      sampler: its kind and step size, scalar or array.
+      localization: γ > 0, of the same shape.
+    """
+    rate = np.asarray(sampler.step_size, float) * localization
+    return 1 / np.sqrt(rate) if hasattr(sampler, "friction") else 1 / rate
+
+
+def weakest_localization(
+    sampler: Sampler, stiffness: float, fraction: float, num_burnin: int
+) -> float:
+    """The smallest γ whose flat directions relax `RELAXATIONS` times within a burn-in.
+
+    Args:
+      sampler: its kind decides.
+      stiffness: Λ.
+      fraction: ε Λ.
+      num_burnin: steps.
+    """
+    per_step = RELAXATIONS / num_burnin
+    exponent = 2 if hasattr(sampler, "friction") else 1
+    return stiffness / fraction * per_step**exponent
+
+
+def fitted(sampler: Sampler, step_size: Any, localization: Any) -> Sampler:
+    """`sampler` with this step size, and critical friction for flat directions if it has one.
+
+    Args:
+      sampler: gives the kind and the other hyperparameters.
+      step_size: scalar or array.
+      localization: of the same shape.
+    """
+    if hasattr(sampler, "friction"):
+        return sampler._replace(step_size=step_size, friction=2 * np.sqrt(localization))
+    return sampler._replace(step_size=step_size)
+
+
+def stiffness_of(estimates: Any, step_sizes: Any, before: Any) -> np.ndarray:
+    """Λ of each estimate: what its chains measured at their end, `10 before` where all diverged."""
+    measured = np.asarray(
+        [np.max(np.where(e.diverged_at < 0, e.stability, np.nan)) for e in estimates]
+    )
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(measured), measured / step_sizes, 10 * np.asarray(before))
+
+
+@dataclasses.dataclass
+class Pilot:
+    """Runs pilot chains on one problem and counts what they cost.
+
+    Attributes:
+      loss_fn: see `estimate_llc`.
+      params: the anchor.
+      data: see `estimate_llc`.
+      sampler: its kind.
+      fraction: ε Λ.
+      num_burnin: steps of a chain.
+      options: of `estimate_llc_over_settings`.
+      steps: steps of single chains so far.
+    """
+
+    loss_fn: LossFn
+    params: Params
+    data: Batch | Stream
+    sampler: Sampler
+    fraction: float
+    num_burnin: int
+    options: Mapping[str, Any]
+    steps: int = 0
+
+    def run(self, rng_key, nbetas, localizations, sampler, num_draws, **changes) -> np.ndarray:
+        """[K] estimates without burn-in."""
+        options = {**self.options, "num_probes": 1, **changes}
+        self.steps += len(nbetas) * num_draws * options["num_chains"]
+        return estimate_llc_over_settings(
+            rng_key, self.loss_fn, self.params, self.data, sampler=sampler, nbeta=nbetas,
+            localization=localizations, num_draws=num_draws, num_burnin=0, **options,
+        )  # fmt: skip
+
+    def at_anchor(self, rng_key: jax.Array, nbeta: float) -> float:
+        """The largest eigenvalue of nβ H at the anchor."""
+        still = fitted(self.sampler, np.full(1, TINY), np.ones(1))
+        found = self.run(rng_key, np.full(1, nbeta), np.zeros(1), still, 1)
+        return float(stiffness_of(found, still.step_size, np.full(1, np.nan))[0])
+
+    def settle(self, rng_key, nbetas, localizations, stiffness, **changes) -> np.ndarray:
+        """Λ of K settings at the end of chains with the step size it demands.
+
+        Raised round by round until no chain finds more; a setting whose flat directions no longer
+        relax within the chains is not worth another round.
+
+        Args:
+          rng_key: consumed.
+          nbetas: [K].
+          localizations: [K].
+          stiffness: [K] first guess, from below.
+          **changes: of the options.
+        """
+        for number in range(MAX_ROUNDS):
+            steps = self.fraction / stiffness
+            key = jax.random.fold_in(rng_key, number)
+            sampler = fitted(self.sampler, steps, localizations)
+            found = self.run(key, nbetas, localizations, sampler, self.num_burnin, **changes)
+            measured = stiffness_of(found, steps, stiffness)
+            settled = measured <= ROOM * stiffness
+            stiffness = np.maximum(stiffness, measured)
+            if (settled | (self.relaxations(stiffness, localizations) < RELAXATIONS)).all():
+                break
+        return stiffness
+
+    def relaxations(self, stiffness, localizations) -> np.ndarray:
+        """Length of the burn-in in relaxation times."""
+        sampler = fitted(self.sampler, self.fraction / stiffness, localizations)
+        return self.num_burnin / relaxation_steps(sampler, localizations)
+
+    def ladder(self, rng_key, nbeta: float, at_anchor: float) -> tuple[np.ndarray, np.ndarray]:
+        """(γ of the rungs [R], Λ at each [R]) at one nbeta, by one chain each.
+
+        The weaker the localization, the further chains go and the larger the curvature that they
+        meet: how much larger differs from loss to loss, so it is measured.
+        """
+        lowest = weakest_localization(
+            self.sampler, GROWTH * at_anchor, self.fraction, self.num_burnin
+        )
+        rungs = lowest * RUNGS
+        nbetas = np.full(rungs.size, nbeta)
+        return rungs, self.settle(rng_key, nbetas, rungs, at_anchor + rungs, num_chains=1)
+
+    def affordable(self, rungs: np.ndarray, stiffness: np.ndarray) -> float:
+        """The weakest γ that relaxes within the burn-in, between the rungs of a ladder."""
+        relaxed = np.maximum.accumulate(self.relaxations(stiffness, rungs))
+        wanted = MARGIN * RELAXATIONS
+        return float(np.exp(np.interp(np.log(wanted), np.log(relaxed), np.log(rungs))))
