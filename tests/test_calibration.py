@@ -10,13 +10,21 @@ import pytest
 
 import llc_jax
 from llc_jax import BAOAB, SGLD, calibrate, estimate_llc_over_settings, extrapolate_step_size
-from llc_jax.pilot import fitted, relaxation_steps, weakest_localization
+from llc_jax.pilot import (
+    GROWTH,
+    MARGIN,
+    Pilot,
+    fitted,
+    relaxation_steps,
+    weakest_localization,
+)
 from llc_jax.sweep import (
     LEVEL,
     RELAXATIONS,
     STEP_FRACTION,
     Sweep,
     control_score,
+    faults,
     plateau,
     sensitivity,
 )
@@ -85,6 +93,29 @@ def test_the_weakest_localization_just_relaxes(sampler):
     gamma = weakest_localization(sampler, 5000.0, STEP_FRACTION, 700)
     tuned = fitted(sampler, STEP_FRACTION / 5000.0, gamma)
     assert 700 / relaxation_steps(tuned, gamma) == pytest.approx(RELAXATIONS, rel=1e-6)
+
+
+def test_between_the_rungs_of_a_ladder_by_hand():
+    # 1000 steps of sqrt(0.4 γ / Λ) relaxation times each, with Λ = 1e6 / γ: 0.632 γ of them.
+    pilot = Pilot(quadratic, ORIGIN, None, BAOAB(1.0, 1.0), 0.4, 1000, {})
+    rungs = np.array([1.0, 10.0, 100.0])
+    assert pilot.affordable(rungs, 1e6 / rungs) == pytest.approx(MARGIN * 3 / math.sqrt(0.4))
+    # Out of reach either way: the end of the ladder.
+    assert pilot.affordable(rungs, 1e12 / rungs) == pytest.approx(100.0)
+    assert pilot.affordable(rungs, 1.0 / rungs) == pytest.approx(1.0)
+
+
+def test_the_weakest_localization_is_that_whose_own_curvature_the_burn_in_affords():
+    # Mean v² is near 1/γ, so Λ near nbeta (1 + 4/γ): the weaker γ, the stiffer it gets.
+    params = {"u": np.zeros(4, np.float32), "v": np.zeros(64, np.float32)}
+    found = calibrate(
+        jax.random.key(0), wandering, params, np.ones(2, np.float32), nbeta=100.0,
+        nbeta_factors=(1.0,), localization_factors=(1.0, 3.0), step_fractions=(0.4,), **SIZES,
+    )  # fmt: skip
+    gamma = found.sweep.localizations[0]
+    assert found.sweep.stiffness[0, 0] == pytest.approx(100 * (1 + 4 / gamma), rel=0.5)
+    assert found.sweep.stiffness[0, 0] > 3 * GROWTH * found.stiffness_at_anchor
+    assert RELAXATIONS <= found.sweep.relaxations[0, 0, 0] < 2 * RELAXATIONS
 
 
 def test_curvature_at_the_anchor_and_step_size(with_gap):
@@ -266,6 +297,13 @@ def test_of_level_cells_the_middle_nbeta_and_the_weakest_localization_are_chosen
     chosen, found, _ = plateau(made_up(with_gap, np.full((1, 3, 4), 7.0), unrelaxed))
     assert chosen == (0, 1, 2)
     np.testing.assert_array_equal(found.healthy[1], [False, False, True, True])
+
+
+def test_short_grids_are_not_held_against_a_setting(with_gap):
+    base = with_gap.sweep.estimates[with_gap.chosen]
+    assert faults(dataclasses.replace(base, ess=9.0, rhat=1.3)) == 0
+    assert faults(dataclasses.replace(base, drift=20.0)) == 1
+    assert faults(dataclasses.replace(base, stability=np.full(4, 3.0), mean=-9.0)) == 1
 
 
 def test_slopes_by_hand_on_a_power_law(with_gap):
