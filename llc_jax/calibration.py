@@ -163,7 +163,7 @@ def calibrate(
                 stiffest, worst_step = there, step
 
     step_size = float(fractions[chosen[0]]) / stiffest
-    proposal = fitted(sampler, step_size, localization)
+    proposal = type(sampler)(*map(float, fitted(sampler, step_size, localization)))
     tau = float(relaxation_steps(proposal, localization))
     # s.e. falls like one over the root of the effective draws, which grow with the draws.
     effective = max(best.ess * (best.stderr / (relative_stderr * best.mean)) ** 2, ENOUGH)
