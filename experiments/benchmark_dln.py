@@ -269,6 +269,10 @@ def figure(records: list[dict[str, Any]], title: str):
 
 def run(config: Config, phase: str = "dln") -> None:
     """Measures what is missing and writes the summary."""
+    import jax
+
+    # Each network has shapes of its own: nothing compiled for one is of use to another.
+    jax.config.update("jax_enable_compilation_cache", False)
     from llc_jax.figures import png
     from llc_jax.files import write_atomic
 
@@ -290,6 +294,7 @@ def run(config: Config, phase: str = "dln") -> None:
         def records():
             for count, (name, index) in enumerate(todo, 1):
                 record = measure(config, name, index)
+                jax.clear_caches()
                 workdir.append_jsonl(path, record)
                 truth = record["exact"] or record["aoyagi"]
                 postfix = f" {name}: {record['llc']:.4g} ± {record['stderr']:.2g}, true {truth:g}"

@@ -98,17 +98,18 @@ def run(config: Config, phase: str = "calibration") -> None:
     model, task = train_regression.setting(training)
     kept = CheckpointDir(root / "checkpoints")
     with workdir.lock(folder, "calibrate"):
-        path, inputs = folder / "calibration.json", {"config": cli.identity(config)}
-        if path.exists() and read_json(path)["config"] == inputs["config"]:
-            cli.say(f"{phase}: up to date in {path}")
-            return
         steps = kept.steps()
         step = steps[-1] if steps and config.step == -1 else config.step
         if step not in steps:
             raise ValueError(
                 f"step={step}: {kept.folder} has checkpoints at {steps}; give one of these."
             )
-        others = np.linspace(0, len(steps) - 1, config.num_checkpoints + 1).round().astype(int)
+        path, inputs = folder / "calibration.json", {"config": cli.identity(config), "step": step}
+        if path.exists() and inputs.items() <= read_json(path).items():
+            cli.say(f"{phase}: up to date in {path}")
+            return
+        count = config.num_checkpoints and config.num_checkpoints + 1
+        others = np.linspace(0, len(steps) - 1, count).round().astype(int)
         others = [steps[i] for i in others if steps[i] != step]
         data, data_hash = estimate_llc.data_set(task, config.num_data, config.data_seed)
         calibration = llc_jax.calibrate(
@@ -119,7 +120,7 @@ def run(config: Config, phase: str = "calibration") -> None:
             nbeta=config.nbeta or None,
             localization=config.localization or None,
             sampler=llc_jax.SGLD(1.0),
-            checkpoints=[(s, kept.restore_params(s)) for s in others],
+            checkpoints=[(s, kept.restore_params(s)) for s in others] or None,
             step_fractions=numbers(config.step_fractions),
             nbeta_factors=numbers(config.nbeta_factors),
             localization_factors=numbers(config.localization_factors),
@@ -141,7 +142,6 @@ def run(config: Config, phase: str = "calibration") -> None:
             "command": cli.command("calibrate_sgld", config.preset, config, PRESETS[config.preset]),
             "versions": workdir.versions(),
             "data_sha256": data_hash,
-            "step": step,
             "settings": calibration.settings
             | {"sampler": calibration.settings["sampler"]._asdict()},
             "reasons": calibration.reasons,
@@ -163,10 +163,12 @@ def proposed(config: Config, settings) -> estimate_llc.Config:
         step_size=float(f"{float(settings['sampler'].step_size):.3g}"),
         nbeta=float(f"{settings['nbeta']:.4g}"),
         localization=float(f"{settings['localization']:.4g}"),
+        num_chains=settings["num_chains"],
         num_draws=settings["num_draws"],
         num_burnin=settings["num_burnin"],
         thinning=settings["thinning"],
         batch_size=config.batch_size,
+        grad_accum=config.grad_accum,
     )
 
 

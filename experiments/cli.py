@@ -83,8 +83,11 @@ def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "qu
                 raise
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             if "RESOURCE_EXHAUSTED" in str(error):
-                sys.stderr.write("out of memory: raise --grad_accum, or lower --chain_batch,"
-                                 " --checkpoint_batch or --batch_size.\n")  # fmt: skip
+                sys.stderr.write(
+                    "out of memory: raise --grad_accum, or lower whichever of --chain_batch,"
+                    " --checkpoint_batch, --setting_batch, --micro_batch, --probe_batch and"
+                    " --batch_size there is.\n"
+                )
             sys.exit(1)
 
     app.run(start)

@@ -4,13 +4,14 @@
 
 Trace, both ends of the spectrum, and the λ̂ that the quadratic form alone would have at the nβ and
 γ of the estimates, whose data set it takes too. The same command starts, continues or does nothing:
-one line of `curvature/records.jsonl` per checkpoint; `curvature.csv` at the end.
+one line of `llc/curvature/records.jsonl` per checkpoint; `curvature.csv` at the end.
 Expected: λ̂ moves where these do not, and the other way round; the report draws them together.
 """
 
 import csv
 import dataclasses
 import io
+import math
 import pathlib
 
 import numpy as np
@@ -63,12 +64,15 @@ def paper() -> Config:
     )  # fmt: skip
 
 
+# How much is done at once, as against what comes out.
+MEMORY = ("probe_batch", "micro_batch", "checkpoint_batch")
+
 PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
 
 
 def folder_of(config: Config) -> pathlib.Path:
-    """Returns the folder of the results."""
-    return pathlib.Path(config.workdir) / "curvature"
+    """Returns the folder of the results, within that of the estimates they belong to."""
+    return estimate_llc.results_folder(config) / "curvature"
 
 
 def run(config: Config, phase: str = "curvature") -> None:
@@ -98,11 +102,17 @@ def run(config: Config, phase: str = "curvature") -> None:
             ),
             "data_sha256": sampled["data_sha256"],
         }
-        workdir.settle(folder / "config.json", cli.identity(config) | settings, facts)
+        identity = {k: v for k, v in cli.identity(config).items() if k not in MEMORY}
+        workdir.settle(folder / "config.json", identity | settings, facts)
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {record["step"] for record in workdir.read_jsonl(path)}
         work = [s for s in kept.steps() if s not in done and not kept.verify(s, ["params"])]
+        if not work and not done:
+            raise ValueError(
+                f"no good checkpoint in {kept.folder}: run python -m experiments.train_regression"
+                f" --workdir={config.workdir}, which also redoes damaged ones."
+            )
         if not work:
             cli.say(f"{phase}: all checkpoints are done")
         else:
@@ -148,15 +158,25 @@ def load(folder: pathlib.Path):
     records = workdir.read_jsonl(folder / "records.jsonl")
     return {
         record.pop("step"): Curvature(
-            **{k: np.asarray(v) if isinstance(v, list) else v for k, v in record.items()}
+            **{
+                k: np.asarray(v, float) if isinstance(v, list) else math.nan if v is None else v
+                for k, v in record.items()
+            }
         )
         for record in sorted(records, key=lambda record: record["step"])
     }
 
 
 def plain(found) -> dict:
-    """A `Curvature` as JSON has it."""
-    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found._asdict().items()}
+    """A `Curvature` as JSON has it, which knows no nan."""
+
+    def known(x):
+        return None if isinstance(x, float) and math.isnan(x) else x
+
+    return {
+        k: [known(x) for x in v.tolist()] if isinstance(v, np.ndarray) else known(v)
+        for k, v in found._asdict().items()
+    }
 
 
 def table(measured) -> str:

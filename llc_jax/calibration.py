@@ -3,8 +3,9 @@
 Symbols as in `llc_jax.pilot`: ε, nβ, γ, and Λ, the largest curvature of the posterior.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +14,12 @@ import numpy as np
 from llc_jax import checks
 from llc_jax.llc import default_nbeta_of, estimate_llc_over_checkpoints, estimate_llc_over_settings
 from llc_jax.pilot import Pilot, fitted, relaxation_steps, stiffness_of
-from llc_jax.posterior import displacement
 from llc_jax.samplers import BAOAB, SGLD
 from llc_jax.sweep import RELAXATIONS, Calibration, Sweep, plateau, proposed_row
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
 LENGTH = 8.0  # least length of a chain in relaxation times
+MOST = 10**6  # steps of a chain
 ENOUGH = 200.0  # least effective draws: below, R-hat and the error bar itself are uncertain
 
 
@@ -69,7 +70,8 @@ def calibrate(
       num_burnin: their burn-in, and the length of the pilot chains.
       num_chains: chains for each setting.
       relative_stderr: the standard error to be reached by the proposed draws, relative to λ̂.
-      **options: of `estimate_llc_over_settings`: batch_size, grad_accum, mask, setting_batch, ...
+      **options: of `estimate_llc_over_settings`: batch_size, grad_accum, mask, setting_batch, ...;
+        not thinning and num_probes, which are chosen here.
 
     Returns:
       A `Calibration`; `estimate_llc(key, loss_fn, params, data, **calibration.settings)`.
@@ -77,13 +79,21 @@ def calibrate(
     Raises:
       ValueError: on bad input, before anything compiles, and if no step size is stable.
     """
+    checks.typed_key(rng_key)
     nbeta = default_nbeta_of(nbeta, data)
-    checks.nonnegative("nbeta", nbeta)
+    for name, value in (("nbeta", nbeta), ("relative_stderr", relative_stderr)):
+        checks.nonnegative(name, value)
+        if not value > 0:
+            raise ValueError(f"{name}={value!r}: calibration needs a number above 0.")
+    checks.at_least("num_draws", num_draws, 1)
     checks.at_least("num_burnin", num_burnin, 1)
+    for name in {"thinning", "num_probes"} & options.keys():
+        raise ValueError(f"{name}={options[name]!r}: calibrate chooses it; leave it out.")
     _check_factors(step_fractions=step_fractions, nbeta_factors=nbeta_factors,
                    localization_factors=localization_factors)  # fmt: skip
-    if not nbeta > 0:
-        raise ValueError(f"nbeta={nbeta!r}: calibration needs a centre above 0.")
+    template = checks.params(params, options.get("step", 0))
+    checkpoints = _checked(checkpoints, template)
+    num_weights = sampled_weights(template, checks.mask(options.get("mask"), template))
     if localization is not None:
         checks.nonnegative("localization", localization)
         if not localization > 0:
@@ -105,36 +115,41 @@ def calibrate(
     if not math.isfinite(at_anchor):
         raise ValueError("the Hessian at params is not finite: use another checkpoint.")
     if localization is None:
-        if not at_anchor > 0:
-            raise ValueError("the Hessian at params has no positive eigenvalue: give localization.")
-        rungs, known = pilot.ladder(ladder_key, nbeta, at_anchor)
+        rungs, known = pilot.ladder(ladder_key, nbeta, at_anchor, num_weights)
         localization = pilot.affordable(rungs, known)
     else:
         rungs, known = np.full(1, localization), np.full(1, at_anchor + localization)
     nbetas = nbeta * np.asarray(nbeta_factors, float)
     localizations = localization * np.asarray(localization_factors, float)
     cells = np.array(np.meshgrid(nbetas, localizations, indexing="ij")).reshape(2, -1)
-    curvature = np.exp(np.interp(np.log(cells[1]), np.log(rungs), np.log(known - rungs)))
+    above = np.maximum(known - rungs, np.finfo(float).tiny)
+    curvature = np.exp(np.interp(np.log(cells[1]), np.log(rungs), np.log(above)))
     stiffness = pilot.settle(cells_key, *cells, curvature * cells[0] / nbeta + cells[1])
 
-    # 2. The grid, and the control.
-    control = np.stack([np.zeros_like(localizations), localizations])
-    lanes = np.concatenate([np.tile(cells, fractions.size), control], axis=1)
-    steps = np.concatenate([(fractions[:, None] / stiffness).ravel(), fraction / localizations])
-    samplers = fitted(sampler, steps, lanes[1])
-    estimates = estimate_llc_over_settings(
-        sweep_key, loss_fn, params, data, sampler=samplers,
-        nbeta=lanes[0], localization=lanes[1], num_draws=num_draws, num_burnin=num_burnin, **chains,
-    )  # fmt: skip
+    # 2. The grid, and the control, whose law is known where nothing is preconditioned.
+    def run(sampler, lanes, steps):
+        return estimate_llc_over_settings(
+            sweep_key, loss_fn, params, data, sampler=fitted(sampler, steps, lanes[1]),
+            nbeta=lanes[0], localization=lanes[1], num_draws=num_draws, num_burnin=num_burnin,
+            **chains,
+        )  # fmt: skip
+
+    control = np.stack([np.zeros_like(localizations), localizations]), fraction / localizations
+    grid = np.tile(cells, fractions.size), (fractions[:, None] / stiffness).ravel()
+    if hasattr(sampler, "preconditioner"):
+        estimates = np.concatenate([run(sampler, *grid), run(SGLD(1.0), *control)])
+    else:  # one program for both
+        both = zip(grid, control, strict=True)
+        estimates = run(sampler, *(np.concatenate(x, axis=-1) for x in both))
     shape = (fractions.size, nbetas.size, localizations.size)
+    steps, gammas = grid[1].reshape(shape), np.broadcast_to(localizations, shape)
     sweep = Sweep(
         step_fractions=fractions,
         nbetas=nbetas,
         localizations=localizations,
-        step_sizes=steps[: math.prod(shape)].reshape(shape),
+        step_sizes=steps,
         stiffness=stiffness.reshape(shape[1:]),
-        relaxations=num_burnin
-        / relaxation_steps(samplers, lanes[1])[: math.prod(shape)].reshape(shape),
+        relaxations=num_burnin / relaxation_steps(fitted(sampler, steps, gammas), gammas),
         estimates=estimates[: math.prod(shape)].reshape(shape),
         control=estimates[math.prod(shape) :],
     )
@@ -149,32 +164,38 @@ def calibrate(
     )
 
     # 4. Elsewhere.
-    worst_step = None
+    worst_step, known_stiffest = None, stiffest
     if checkpoints is not None:
         near = fitted(sampler, float(fractions[chosen[0]]) / stiffest, localization)
         pilots = estimate_llc_over_checkpoints(
             elsewhere_key, loss_fn, checkpoints, data, sampler=near, nbeta=nbeta,
             localization=localization, num_draws=num_burnin, num_burnin=0,
-            **{**_without(chains, "setting_batch"), "num_probes": 1},
+            **{**_without(chains, "setting_batch", "step"), "num_probes": 1},
         )  # fmt: skip
         for step, found_there in pilots:
-            there = float(stiffness_of([found_there], near.step_size, np.float64(stiffest))[0])
+            pilot.steps += num_chains * num_burnin
+            there = float(stiffness_of([found_there], near.step_size, known_stiffest)[0])
             if there > stiffest:
                 stiffest, worst_step = there, step
 
     step_size = float(fractions[chosen[0]]) / stiffest
     proposal = type(sampler)(*map(float, fitted(sampler, step_size, localization)))
     tau = float(relaxation_steps(proposal, localization))
-    # s.e. falls like one over the root of the effective draws, which grow with the draws.
-    effective = max(best.ess * (best.stderr / (relative_stderr * best.mean)) ** 2, ENOUGH)
-    draws = num_draws * effective / best.ess
-    # Finer steps mix more slowly than those of the grid did.
-    draws *= tau / relaxation_steps(
-        fitted(sampler, float(sweep.step_sizes[chosen]), localization), localization
-    )
+    # Finer steps mix more slowly than those of the grid did; s.e. falls like one over the root of
+    # the effective draws, which grow with the steps.
+    slower = tau * float(sweep.relaxations[chosen]) / num_burnin
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.float64(best.stderr) / abs(best.mean)
+        wanted = num_draws * slower * max((relative / relative_stderr) ** 2, ENOUGH / best.ess)
     fewest = max(100.0, LENGTH * tau)
-    steps_needed = int(np.clip(np.nan_to_num(draws, nan=num_draws), fewest, 10**6))
-    thinning = -(-steps_needed // 2000)
+    num_steps = int(np.clip(np.nan_to_num(wanted, nan=num_draws * slower), fewest, MOST))
+    reached = float(relative * math.sqrt(num_draws * slower / num_steps))
+    if not wanted <= MOST:
+        warnings.append(
+            f"A standard error of {relative_stderr:.0%} of λ̂ = {best.mean:.3g} ± {best.stderr:.2g}"
+            f" would take {wanted:.2g} steps; proposed are {num_steps:,}, for {reached:.0%}."
+        )
+    thinning = -(-num_steps // 2000)
     burnin = -(-math.ceil(RELAXATIONS * tau) // thinning)
     return Calibration(
         settings={
@@ -182,10 +203,10 @@ def calibrate(
             "nbeta": nbeta,
             "localization": localization,
             "num_chains": num_chains,
-            "num_draws": -(-steps_needed // thinning),
+            "num_draws": -(-num_steps // thinning),
             "num_burnin": burnin,
             "thinning": thinning,
-            **_without(chains, "setting_batch", "num_chains", "num_probes"),
+            **_without(chains, "setting_batch", "num_chains"),
         },
         chosen=chosen,
         sweep=sweep,
@@ -194,11 +215,35 @@ def calibrate(
         worst_step=worst_step,
         sensitivity=found,
         relaxation=tau,
-        relative_stderr=relative_stderr,
-        num_params=sum(leaf.size for leaf in jax.tree.leaves(displacement(params, params))),
-        num_steps=pilot.steps // num_chains + lanes.shape[1] * (num_burnin + num_draws),
+        relative_stderr=reached,
+        num_params=num_weights,
+        num_steps=pilot.steps // num_chains + estimates.size * (num_burnin + num_draws),
         warnings=warnings,
     )
+
+
+def sampled_weights(template: Params, mask: Params | None) -> int:
+    """How many weights the mask leaves, of shapes `template`."""
+    if mask is None:
+        mask = jax.tree.map(lambda _: np.True_, template)
+    counts = jax.tree.map(lambda x, m: np.broadcast_to(m, x.shape).sum(), template, mask)
+    return int(sum(jax.tree.leaves(counts)))
+
+
+def _checked(checkpoints: Any, template: Params) -> Iterator[tuple[int, Params]] | None:
+    """The pairs (step, params), each checked against the shapes of the anchor, the first now."""
+    if checkpoints is None:
+        return None
+
+    def check(pair):
+        checks.params(pair[1], pair[0], template)
+        return pair
+
+    pairs = map(check, checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints)
+    first = next(pairs, None)
+    if first is None:
+        raise ValueError("checkpoints is empty: give at least one (step, params), or None.")
+    return itertools.chain([first], pairs)
 
 
 def _default_sampler(data: Batch | Stream, batch_size: int | None) -> Sampler:

@@ -33,7 +33,7 @@ def sampler_instance(sampler: Sampler) -> None:
 
 
 # Rules beyond "finite and >= 0", by the name of the hyperparameter.
-_POSITIVE = {"step_size", "friction"}
+_POSITIVE = {"step_size", "friction", "epsilon"}
 _MEMORIES = {"decay", "momentum"}
 _AT_MOST_ONE = {*_MEMORIES, "bias_correction"}
 

@@ -115,13 +115,13 @@ def curvature_over_checkpoints(
             f"num_eigenvalues={num_eigenvalues} is above the number of weights {layout.size}."
         )
     plan = Plan(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
+    size = float(num_weights(operator, layout))
     mesh = parallel.data_mesh(checkpoint_batch)
     rng_key, operator = jax.device_put(
         (rng_key, dataclasses.replace(operator, params=None)),
         jax.sharding.NamedSharding(mesh, P()),
     )
     settings = {"nbeta": float(nbeta), "localization": float(localization)}
-    size = float(num_weights(jax.device_get(operator), layout))
 
     def chunks():
         def checked(pair):
@@ -184,5 +184,5 @@ def _summary(deflated, probes, size, plan, num_eigenvalues, settings) -> Curvatu
         gaussian_llc_stderr=float(value.stderr),
         positive_llc=float(positive.mean),
         positive_llc_stderr=float(positive.stderr),
-        num_products=plan.num_products,
+        num_products=deflated.diagonal.size + plan.num_probes * plan.num_iterations,
     )

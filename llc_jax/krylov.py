@@ -32,12 +32,6 @@ class Plan(NamedTuple):
     num_deflated: int = 0
     probe_batch: int = 1
 
-    @property
-    def num_products(self) -> int:
-        """Hessian-vector products in all."""
-        extra = self.num_deflated + self.num_iterations if self.num_deflated else 0
-        return extra + self.num_probes * self.num_iterations
-
 
 def maps(operator: Any, layout: Layout) -> tuple[Callable, Callable]:
     """(product, projection onto what the mask leaves) as functions of vectors [d]."""

@@ -113,7 +113,7 @@ def estimate_llc_over_checkpoints(
       chain_batch: chains that one device runs at once for each checkpoint; default all of its
         share; bounds memory.
       num_probes: draws at which the Metropolis acceptance is measured (one gradient each); unless
-        0, the stability number is measured at the end of each chain (12 Hessian products).
+        0, the stability number is measured at the end of each chain (13 Hessian products).
       mask: pytree of 0/1 like params; only weights with 1 are sampled.
       collect: `collect(params, batch)`, recorded at every draw; static, keep it small.
       mesh: devices, axes (checkpoint, chain); default all devices (`parallel.make_mesh`).
@@ -186,7 +186,8 @@ def estimate_llc_over_settings(
     lanes = [Lane(step, params, type(sampler)(*row[:-2]), *row[-2:]) for row in columns]
     if not lanes:
         raise ValueError(f"settings have shape {grid[0].shape}: give at least one.")
-    size = setting_batch or len(lanes)
+    size = len(lanes) if setting_batch is None else setting_batch
+    checks.at_least("setting_batch", size, 1)
     estimates = _estimate_lanes(
         rng_key, loss_fn, iter(lanes), data, lane_batch=min(size, len(lanes)), **options
     )

@@ -110,7 +110,8 @@ def start_distributed(
             f"coordinator={coordinator!r}, num_processes={num_processes}, process_id={process_id}:"
             " give all three, or none where they are detected (TPU, SLURM)."
         )
-    options = {}
+    # At the end the others wait for the one that still works alone, on a report for example.
+    options: dict[str, Any] = {"shutdown_timeout_seconds": 24 * 3600}
     if coordinator is not None and coordinator.startswith(("127.0.0.1:", "localhost:")):
         # Processes of one machine: do not listen to the outside.
         options["coordinator_bind_address"] = coordinator

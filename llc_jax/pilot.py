@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llc_jax.llc import estimate_llc_over_settings
+from llc_jax.posterior import at_least_float32
 from llc_jax.sweep import RELAXATIONS
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
@@ -22,6 +24,7 @@ ROOM = 1.25  # growth of Λ between rounds that counts as settled
 MAX_ROUNDS = 5
 GROWTH = 3.0  # of the curvature on the way from the anchor, for a first guess at γ
 RUNGS = GROWTH ** np.arange(5)  # of the ladder of γ, in units of that guess
+DECADES = 10.0 ** np.arange(-6, 1)  # the same, per weight, where the anchor has no curvature
 MARGIN = 1.2  # of the burn-in, for what the ladder does not see
 TINY = 1e-9  # step fraction that leaves a chain at its anchor
 
@@ -72,9 +75,7 @@ def fitted(sampler: Sampler, step_size: Any, localization: Any) -> Sampler:
 
 def stiffness_of(estimates: Any, step_sizes: Any, before: Any) -> np.ndarray:
     """Λ of each estimate: what its chains measured at their end, `10 before` where all diverged."""
-    measured = np.asarray(
-        [np.max(np.where(e.diverged_at < 0, e.stability, np.nan)) for e in estimates]
-    )
+    measured = np.asarray([np.fmax.reduce(e.stability) for e in estimates])
     with np.errstate(invalid="ignore"):
         return np.where(np.isfinite(measured), measured / step_sizes, 10 * np.asarray(before))
 
@@ -103,19 +104,23 @@ class Pilot:
     options: Mapping[str, Any]
     steps: int = 0
 
-    def run(self, rng_key, nbetas, localizations, sampler, num_draws, **changes) -> np.ndarray:
+    def run(
+        self, rng_key, params, nbetas, localizations, sampler, num_draws, **changes
+    ) -> np.ndarray:
         """[K] estimates without burn-in."""
-        options = {**self.options, "num_probes": 1, **changes}
+        options = {**self.options, "num_probes": 1, **changes}  # for the stability number
         self.steps += len(nbetas) * num_draws * options["num_chains"]
         return estimate_llc_over_settings(
-            rng_key, self.loss_fn, self.params, self.data, sampler=sampler, nbeta=nbetas,
+            rng_key, self.loss_fn, params, self.data, sampler=sampler, nbeta=nbetas,
             localization=localizations, num_draws=num_draws, num_burnin=0, **options,
         )  # fmt: skip
 
     def at_anchor(self, rng_key: jax.Array, nbeta: float) -> float:
         """The largest eigenvalue of nβ H at the anchor."""
         still = fitted(self.sampler, np.full(1, TINY), np.ones(1))
-        found = self.run(rng_key, np.full(1, nbeta), np.zeros(1), still, 1)
+        # Widened: half precision would round the tiny step away.
+        params = jax.tree.map(lambda x: at_least_float32(jnp.asarray(x)), self.params)
+        found = self.run(rng_key, params, np.full(1, nbeta), np.zeros(1), still, 1)
         return float(stiffness_of(found, still.step_size, np.full(1, np.nan))[0])
 
     def settle(self, rng_key, nbetas, localizations, stiffness, **changes) -> np.ndarray:
@@ -135,7 +140,9 @@ class Pilot:
             steps = self.fraction / stiffness
             key = jax.random.fold_in(rng_key, number)
             sampler = fitted(self.sampler, steps, localizations)
-            found = self.run(key, nbetas, localizations, sampler, self.num_burnin, **changes)
+            found = self.run(
+                key, self.params, nbetas, localizations, sampler, self.num_burnin, **changes
+            )
             measured = stiffness_of(found, steps, stiffness)
             settled = measured <= ROOM * stiffness
             stiffness = np.maximum(stiffness, measured)
@@ -148,16 +155,20 @@ class Pilot:
         sampler = fitted(self.sampler, self.fraction / stiffness, localizations)
         return self.num_burnin / relaxation_steps(sampler, localizations)
 
-    def ladder(self, rng_key, nbeta: float, at_anchor: float) -> tuple[np.ndarray, np.ndarray]:
+    def ladder(
+        self, rng_key, nbeta: float, at_anchor: float, num_weights: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(γ of the rungs [R], Λ at each [R]) at one nbeta, by one chain each.
 
         The weaker the localization, the further chains go and the larger the curvature that they
-        meet: how much larger differs from loss to loss, so it is measured.
+        meet: how much larger differs from loss to loss, so it is measured. At an anchor without
+        curvature, such as the origin of a deep linear network, nothing tells the scale of γ, and
+        the rungs let chains go a distance of 1 to 1000.
         """
         lowest = weakest_localization(
             self.sampler, GROWTH * at_anchor, self.fraction, self.num_burnin
         )
-        rungs = lowest * RUNGS
+        rungs = lowest * RUNGS if at_anchor > 0 else num_weights * DECADES
         nbetas = np.full(rungs.size, nbeta)
         return rungs, self.settle(rng_key, nbetas, rungs, at_anchor + rungs, num_chains=1)
 

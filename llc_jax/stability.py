@@ -25,7 +25,7 @@ def largest_eigenvalue(rng_key: jax.Array, matvec, params: Params, num_iteration
       rng_key: for the start.
       matvec: pytree like params -> like params, at least float32.
       params: gives shapes.
-      num_iterations: products with the operator, static.
+      num_iterations: products with the operator, static; one more for the start.
 
     Returns:
       float32 scalar; 0 if the operator has no positive eigenvalue; nan if it is not finite.

@@ -55,16 +55,19 @@ class Sensitivity(NamedTuple):
     """How the estimate depends on the choice, at the proposed step fraction.
 
     Attributes:
-      nbeta: [B, G] d log λ̂ / d log nbeta; nan if there is one nbeta only.
+      nbeta: [B, G] d log λ̂ / d log nbeta; nan if there is one nbeta only, or beside an estimate
+        that is not finite.
       localization: [B, G] d log λ̂ / d log localization; likewise.
-      level: [B, G] whether both are within `LEVEL`, give or take two standard errors, where these
-        are small enough to tell.
+      steady: [2, B, G] whether each is within `LEVEL`, give or take two standard errors, where
+        these are small enough to tell; true if there is one value only.
+      level: [B, G] whether both are, at a healthy setting.
       healthy: [B, G] whether the burn-in was long enough for the localization and the chains
         neither diverged, drifted nor spread; not whether there were draws enough.
     """
 
     nbeta: np.ndarray
     localization: np.ndarray
+    steady: np.ndarray
     level: np.ndarray
     healthy: np.ndarray
 
@@ -88,20 +91,17 @@ def sensitivity(sweep: Sweep, row: int) -> Sensitivity:
       row: index of the step fraction.
     """
     mean, stderr = sweep.values("mean")[row], sweep.values("stderr")[row]
-    level = np.isfinite(mean)
-    slopes = []
+    slopes, steady = np.full((2, *mean.shape), np.nan), np.full((2, *mean.shape), True)
     for axis, grid in enumerate((sweep.nbetas, sweep.localizations)):
         if grid.size == 1:
-            slopes.append(np.full(mean.shape, np.nan))
             continue
         with np.errstate(invalid="ignore", divide="ignore"):
-            slope = np.gradient(mean, np.log(grid), axis=axis) / np.abs(mean)
+            slopes[axis] = np.gradient(mean, np.log(grid), axis=axis) / np.abs(mean)
             # Neighbours two apart in the middle, one at the ends: the ends are the noisier ones.
             noise = math.sqrt(2) * stderr / np.abs(mean) / np.log(grid[1] / grid[0])
-            level &= (np.abs(slope) <= LEVEL + 2 * noise) & (noise <= LEVEL)
-        slopes.append(slope)
-    sound = (sweep.each(faults)[row] == 0) & (sweep.relaxations[row] >= RELAXATIONS)
-    return Sensitivity(*slopes, level & sound, sound)
+            steady[axis] = (np.abs(slopes[axis]) <= LEVEL + 2 * noise) & (noise <= LEVEL)
+    healthy = (sweep.each(faults)[row] == 0) & (sweep.relaxations[row] >= RELAXATIONS)
+    return Sensitivity(*slopes, steady, steady.all(axis=0) & np.isfinite(mean) & healthy, healthy)
 
 
 def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]:
@@ -122,17 +122,20 @@ def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]
     found = sensitivity(sweep, row)
     if not np.isfinite(sweep.values("mean")[row]).any():
         raise ValueError(
-            "every chain of the grid diverged: give smaller step_fractions, or a larger"
-            " localization."
+            "every chain at the proposed step fraction diverged: give smaller step_fractions, or a"
+            " larger localization."
         )
     level = np.argwhere(found.level)
     if level.size:
         from_middle = np.abs(level[:, 0] - (sweep.nbetas.size - 1) / 2)
         cell = level[np.lexsort((level[:, 1], from_middle))[0]]
     else:
-        slopes = np.nansum(np.abs([found.nbeta, found.localization]), axis=0)
+        tried = np.array([sweep.nbetas.size, sweep.localizations.size]) > 1
+        slopes = np.abs([found.nbeta, found.localization])[tried]
+        slopes = np.where(np.isnan(slopes), np.inf, slopes).sum(axis=0)
         wrong = sweep.each(faults)[row] + (sweep.relaxations[row] < RELAXATIONS)
         dead = ~np.isfinite(sweep.values("mean")[row])
+        slopes = np.broadcast_to(slopes, dead.shape)
         order = np.lexsort((slopes.ravel(), wrong.ravel(), dead.ravel()))
         cell = np.unravel_index(order[0], dead.shape)
     chosen = (row, int(cell[0]), int(cell[1]))
@@ -147,15 +150,16 @@ def _warnings(sweep: Sweep, chosen: tuple[int, int, int], found: Sensitivity) ->
             f"No setting passed all checks; the proposed one: {best.verdict}, after a burn-in of"
             f" {sweep.relaxations[chosen]:.1f} relaxation times."
         )
-    for name, slopes in (("nbeta", found.nbeta), ("localization", found.localization)):
-        slope = slopes[cell]
-        if math.isnan(slope):
+    for axis, (name, grid) in enumerate(
+        (("nbeta", sweep.nbetas), ("localization", sweep.localizations))
+    ):
+        if grid.size == 1:
             said.append(f"Only one {name} was tried: how far it decides the answer is open.")
-        elif not found.level[cell]:
+        elif not found.steady[axis][cell]:
             said.append(
                 f"The answer depends on {name}, or too few draws were taken to tell: λ̂ changes by"
-                f" {slope:+.0%} for each e-fold of it at the proposed setting, where it is"
-                f" {best.mean:.3g} ± {best.stderr:.2g}. Compare values at equal settings only."
+                f" {found[axis][cell]:+.0%} for each e-fold of it at the proposed setting, where it"
+                f" is {best.mean:.3g} ± {best.stderr:.2g}. Compare values at equal settings only."
             )
     late = sweep.estimates[chosen[0]]
     drifting = [
@@ -172,18 +176,18 @@ def _warnings(sweep: Sweep, chosen: tuple[int, int, int], found: Sensitivity) ->
     if sweep.step_fractions.size > 1:
         means = sweep.values("mean")[:, *cell]
         errors = sweep.values("stderr")[:, *cell]
-        span = np.nanmax(means) - np.nanmin(means)
-        if span > 4 * np.nanmax(errors) and span > LEVEL * abs(best.mean):
+        span = np.ptp(means[np.isfinite(means)])
+        if span > 4 * np.fmax.reduce(errors) and span > LEVEL * abs(best.mean):
             said.append(
                 f"The step size biases the estimate: λ̂ from {np.nanmin(means):.4g} to"
                 f" {np.nanmax(means):.4g} over ε Λ from {sweep.step_fractions[0]:g} to"
                 f" {sweep.step_fractions[-1]:g}; use a smaller step, or `extrapolate_step_size`."
             )
-    restraint = rise(best) / rise(sweep.control[cell[1]])
-    if restraint > HOT:
+    free = rise(sweep.control[cell[1]])
+    if free > 0 and rise(best) > HOT * free:
         said.append(
-            f"nbeta hardly acts: the loss rises by {restraint:.0%} of what it rises by with nbeta"
-            " = 0, so λ̂ is little more than nbeta times the mean rise in a ball around the"
+            f"nbeta hardly acts: the loss rises by {rise(best) / free:.0%} of what it rises by with"
+            " nbeta = 0, so λ̂ is little more than nbeta times the mean rise in a ball around the"
             " anchor; raise nbeta or localization."
         )
     return said
@@ -237,14 +241,14 @@ def extrapolate_step_size(coarse: LLCEstimate, fine: LLCEstimate) -> tuple[float
       ValueError: if the settings differ in more than the step size.
     """
     differ = {
-        name: (value, fine.settings[name])
-        for name, value in coarse.settings.items()
-        if value != fine.settings[name] and not name.startswith("num_")
+        name: (coarse.settings.get(name), fine.settings.get(name))
+        for name in coarse.settings.keys() | fine.settings.keys()
+        if coarse.settings.get(name) != fine.settings.get(name) and not name.startswith("num_")
     }
     if set(differ) != {"step_size"} or differ["step_size"][0] <= differ["step_size"][1]:
         raise ValueError(
-            f"estimates differ in {differ}: give two that differ in step_size only, the larger"
-            " first."
+            f"estimates differ in {dict(sorted(differ.items()))}: give two that differ in step_size"
+            " only, the larger first."
         )
     big, small = differ["step_size"]
     weight = small / (big - small)
@@ -267,9 +271,9 @@ class Calibration:
       worst_step: training step of the checkpoint where it was seen, None for the anchor's chains.
       sensitivity: how the estimate depends on the choice.
       relaxation: steps in which a direction without curvature forgets its start.
-      relative_stderr: aim of the proposed draws.
+      relative_stderr: of λ̂, expected of the proposed draws.
       num_params: d.
-      num_steps: sampler steps spent per chain, over all settings.
+      num_steps: sampler steps spent, over all settings, per chain of the proposal.
       warnings: what to beware of, one sentence each.
     """
 
@@ -295,26 +299,33 @@ class Calibration:
         where = "along the chains" if self.worst_step is None else f"at step {self.worst_step:,}"
         squared, exact, z = control_score(sweep, cell[1], self.num_params)
         level = np.argwhere(self.sensitivity.level)
-        if level.size:
+        slopes = [
+            f"{slope[cell]:+.1%} per e-fold of {name}"
+            for name, slope in zip(("nbeta", "localization"), self.sensitivity, strict=False)
+            if math.isfinite(slope[cell])
+        ]
+        change = f"; here it changes by {' and '.join(slopes)}" if slopes else ""
+        if self.sensitivity.level.size == 1:
+            span = "nothing else was tried"
+        elif level.size:
             (b0, g0), (b1, g1) = level.min(axis=0), level.max(axis=0)
             span = (
                 f"λ̂ is level in {len(level)} of {self.sensitivity.level.size} settings, with nbeta"
                 f" from {sweep.nbetas[b0]:.3g} to {sweep.nbetas[b1]:.3g} and localization from"
-                f" {sweep.localizations[g0]:.3g} to {sweep.localizations[g1]:.3g}"
+                f" {sweep.localizations[g0]:.3g} to {sweep.localizations[g1]:.3g} (within"
+                f" {LEVEL:.0%} per e-fold)"
             )
         else:
-            span = "λ̂ is level nowhere on the grid"
+            span = f"λ̂ is level (within {LEVEL:.0%} per e-fold) nowhere on the grid"
         return [
             f"step_size {step_size:.3g}: {step_size * self.stiffness:.2g} / Λ with Λ ="
             f" {self.stiffness:.3g}, the largest curvature of the posterior {where}"
             f" ({self.stiffness / self.stiffness_at_anchor:.2g} times that at the anchor).",
-            f"nbeta {s['nbeta']:.4g} and localization {s['localization']:.4g}: {span} (within"
-            f" {LEVEL:.0%} per e-fold); here it changes by {self.sensitivity.nbeta[cell]:+.1%} per"
-            f" e-fold of nbeta and {self.sensitivity.localization[cell]:+.1%} of localization.",
+            f"nbeta {s['nbeta']:.4g} and localization {s['localization']:.4g}: {span}{change}.",
             f"burn-in {s['num_burnin'] * s['thinning']} steps: flat directions forget their start"
             f" in {self.relaxation:.3g} steps.",
             f"{s['num_draws']} draws, {s['thinning']} steps apart, in {s['num_chains']} chains: for"
-            f" a standard error of {self.relative_stderr:.0%}; the grid had {best.mean:.4g} ±"
+            f" a standard error near {self.relative_stderr:.1%}; the grid had {best.mean:.4g} ±"
             f" {best.stderr:.2g}.",
             f"Control at nbeta = 0: mean squared distance {squared:.4g}, exact {exact:.4g}"
             f" ({z:+.1f} standard errors); there the loss rises by"

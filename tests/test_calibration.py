@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,22 @@ import numpy as np
 import pytest
 
 import llc_jax
-from llc_jax import BAOAB, SGLD, calibrate, estimate_llc_over_settings, extrapolate_step_size
+from experiments.benchmarks.compile_once import compilations
+from llc_jax import (
+    BAOAB,
+    SGLD,
+    RMSPropSGLD,
+    calibrate,
+    estimate_llc_over_settings,
+    extrapolate_step_size,
+)
 from llc_jax.pilot import (
     GROWTH,
     MARGIN,
     Pilot,
     fitted,
     relaxation_steps,
+    stiffness_of,
     weakest_localization,
 )
 from llc_jax.sweep import (
@@ -207,6 +217,8 @@ def test_the_worst_checkpoint_sets_the_step_size():
         step_fractions=(0.4,), checkpoints={10: soft, 70: stiff}, **SIZES,
     )  # fmt: skip
     assert found.worst_step == 70
+    assert found.num_params == DIM  # of those that are sampled
+    assert abs(control_score(found.sweep, 0, found.num_params)[2]) < 4
     assert found.stiffness == pytest.approx(5 * 300 * GAP.max() + 3, rel=0.02)
     assert "at step 70" in found.summary()
 
@@ -306,6 +318,78 @@ def test_short_grids_are_not_held_against_a_setting(with_gap):
     assert faults(dataclasses.replace(base, stability=np.full(4, 3.0), mean=-9.0)) == 1
 
 
+def test_only_what_decides_the_answer_is_warned_of(with_gap):
+    means = np.array([1.0, 2.0, 4.0])[:, None] * np.ones((1, 3))
+    _, found, warnings = plateau(made_up(with_gap, means[None]))
+    assert found.steady[1].all()
+    assert not found.steady[0].any()
+    assert any("depends on nbeta" in warning for warning in warnings)
+    assert not any("localization" in warning for warning in warnings)
+
+
+def test_what_lies_beside_a_diverged_setting_is_not_taken_for_level(with_gap):
+    chosen, found, warnings = plateau(made_up(with_gap, [[[np.nan, 10.0, 20.0, 24.0, 27.0]]]))
+    assert np.isnan(found.localization[0, 1])
+    assert chosen == (0, 0, 4)  # the smallest slope there is
+    assert not found.level.any()
+    assert not any("Only one localization" in warning for warning in warnings)
+    assert any("Only one nbeta" in warning for warning in warnings)
+
+
+def test_one_setting_alone_is_not_called_level(with_gap):
+    alone = dataclasses.replace(with_gap, chosen=(0, 0, 0), sweep=made_up(with_gap, [[[7.0]]]))
+    alone = dataclasses.replace(alone, sensitivity=sensitivity(alone.sweep, 0))
+    assert "nothing else was tried" in alone.summary()
+    assert "nan" not in alone.summary()
+
+
+def test_a_diverged_chain_leaves_what_the_others_measured():
+    class Measured(NamedTuple):
+        stability: np.ndarray
+
+    some, none = Measured(np.array([0.3, np.nan, 0.5])), Measured(np.full(3, np.nan))
+    np.testing.assert_allclose(stiffness_of([some, none], [0.1, 0.1], [4.0, 4.0]), [5.0, 40.0])
+
+
+def test_curvature_at_an_anchor_in_half_precision():
+    half = {"w": jnp.full(DIM, 0.5, jnp.bfloat16)}
+    pilot = Pilot(quadratic_at_half, half, curvatures(GAP), SGLD(1.0), 0.4, 10, {"num_chains": 1})
+    assert pilot.at_anchor(jax.random.key(0), 30.0) == pytest.approx(30 * GAP.max(), rel=0.02)
+
+
+def quadratic_at_half(params, batch):
+    wide = params["w"].astype(jnp.float32) - 0.5
+    return 0.5 * jnp.sum(batch * wide[None] ** 2, axis=-1)
+
+
+def test_the_control_of_a_preconditioned_sampler_is_not_preconditioned():
+    found = calibrate(
+        jax.random.key(0), quadratic, ORIGIN, curvatures(GAP), nbeta=300.0, localization=10.0,
+        sampler=RMSPropSGLD.devinterp(1.0), nbeta_factors=(1.0,), localization_factors=(1.0,),
+        step_fractions=(0.4,), **SIZES,
+    )  # fmt: skip
+    assert found.sweep.estimates[0, 0, 0].settings["sampler"] == "RMSPropSGLD"
+    assert found.sweep.control[0].settings["sampler"] == "SGLD"
+    assert abs(control_score(found.sweep, 0, DIM)[2]) < 4
+
+
+def test_an_error_out_of_reach_is_not_promised():
+    # One weight, mean of the loss gap 1/2 × 30/(30 + 1e5), drowned in the noise of the minibatches.
+    noise = np.array([[1.0], [-1.0]], np.float32) * np.ones((1, DIM), np.float32)
+    found = calibrate(
+        jax.random.key(0), tilted, ORIGIN, noise, nbeta=30.0, localization=1e5, batch_size=1,
+        sampler=SGLD(1.0), nbeta_factors=(1.0,), localization_factors=(1.0,),
+        step_fractions=(0.4,), num_draws=50, num_burnin=10,
+    )  # fmt: skip
+    assert any("would take" in warning for warning in found.warnings)
+    assert found.relative_stderr > 0.04  # 0.02 was asked for
+    assert found.settings["num_draws"] * found.settings["thinning"] >= 10**6
+
+
+def tilted(params, batch):
+    return params["w"][0] * batch[:, 0] + 0.5 * jnp.sum(1e-3 * params["w"] ** 2)
+
+
 def test_slopes_by_hand_on_a_power_law(with_gap):
     # λ̂ = nbeta^0.5 localization^-0.25 has these logarithmic derivatives everywhere.
     nbetas, gammas = np.logspace(0, 1, 5), np.logspace(0, 1, 4)
@@ -333,23 +417,53 @@ def test_the_figure_shows_the_grid(with_gap):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nbeta": 0.0}, "centre above 0"),
+        ({"nbeta": 0.0}, "nbeta=0.0: calibration needs a number above 0"),
         ({"nbeta": -1.0}, "nbeta=-1.0"),
         ({"localization": 0.0}, "flat directions never relax"),
         ({"step_fractions": ()}, "step_fractions"),
         ({"nbeta_factors": (3.0, 1.0)}, "increasing"),
         ({"localization_factors": (-1.0, 1.0)}, "above 0"),
         ({"num_burnin": 0}, "num_burnin=0"),
+        ({"num_draws": 0}, "num_draws=0"),
+        ({"relative_stderr": 0.0}, "relative_stderr=0.0"),
+        ({"thinning": 10}, "thinning=10: calibrate chooses it"),
+        ({"num_probes": 0}, "num_probes=0: calibrate chooses it"),
+        ({"checkpoints": {}}, "checkpoints is empty"),
+        ({"checkpoints": {3: {"w": np.zeros(2, np.float32)}}}, "step 3 do not match"),
+        ({"rng_key": 0}, "one typed key"),
         ({"sampler": SGLD}, "give an instance"),
     ],
 )
 def test_bad_input_is_refused_before_anything_compiles(change, message):
-    with pytest.raises(ValueError, match=message):
-        calibrate(
-            jax.random.key(0), quadratic, ORIGIN, curvatures(GAP), **{"nbeta": 300.0, **change}
-        )
+    given = {"rng_key": jax.random.key(0), "nbeta": 300.0, **change}
+    with compilations() as seen, pytest.raises(ValueError, match=message):
+        calibrate(loss_fn=quadratic, params=ORIGIN, data=curvatures(GAP), **given)
+    assert seen == []
 
 
-def test_a_loss_without_curvature_needs_a_localization():
-    with pytest.raises(ValueError, match="no positive eigenvalue: give localization"):
-        calibrate(jax.random.key(0), quadratic, ORIGIN, curvatures(0 * GAP), nbeta=300.0, **SIZES)
+def product(params, batch):
+    """(u v w)²/2 summed: at the origin neither slope nor curvature, only what lies around it."""
+    return batch * 0.5 * jnp.sum((params["u"] * params["v"] * params["w"]) ** 2)
+
+
+def test_an_anchor_without_curvature_is_calibrated_by_what_lies_around_it():
+    params = {name: np.zeros(16, np.float32) for name in "uvw"}
+    found = calibrate(
+        jax.random.key(0), product, params, np.ones(2, np.float32), nbeta=1000.0,
+        nbeta_factors=(1.0,), localization_factors=(1.0, 3.0), step_fractions=(0.4,), **SIZES,
+    )  # fmt: skip
+    assert found.stiffness_at_anchor == found.settings["localization"]
+    assert found.stiffness > 3 * found.stiffness_at_anchor
+    assert found.sweep.relaxations[0, 0, 0] >= RELAXATIONS
+    # Between cut off and the coefficient of each product, 1/2 with multiplicity 3.
+    assert 1.0 < found.sweep.estimates[0, 0, 0].mean < 8.0
+
+
+def test_a_loss_that_is_flat_everywhere_has_nothing_to_calibrate_but_breaks_nothing():
+    found = calibrate(
+        jax.random.key(0), quadratic, ORIGIN, curvatures(0 * GAP), nbeta=300.0, num_draws=50,
+        num_burnin=50,
+    )  # fmt: skip
+    assert found.sweep.estimates[found.chosen].mean == 0.0
+    assert any("would take nan steps" in warning for warning in found.warnings)
+    assert found.summary()

@@ -126,6 +126,9 @@ CASES = {
     "decay of one, corrected": (
         {"sampler": RMSPropSGLD.corrected(1e-3, decay=1.0)}, ["decay=1.0", "must be below 1"],
     ),
+    "no epsilon": (
+        {"sampler": RMSPropSGLD.devinterp(1e-3, epsilon=0.0)}, ["epsilon=0.0", "must be above 0"],
+    ),
     "momentum of one": ({"sampler": AdamSGLD(1e-3, 1.0)}, ["momentum=1.0", "must be below 1"]),
     "nan step size": ({"sampler": SGLD(NAN)}, ["step_size=nan", "give one finite number"]),
     "infinite step size": ({"sampler": SGLD(INF)}, ["step_size=inf", "give one finite number"]),

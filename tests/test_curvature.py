@@ -13,7 +13,6 @@ import llc_jax
 from experiments.benchmarks.compile_once import compilations
 from llc_jax import curvature
 from llc_jax.curvature_sweep import Curvature, curvature_over_checkpoints
-from llc_jax.krylov import Plan
 from llc_jax.lanczos import lanczos, ritz_values
 
 KEY = jax.random.key(0)
@@ -457,7 +456,7 @@ def test_sweep_is_the_same_in_chunks_and_right(checkpoint_batch):
         assert np.all(found.smallest >= h[:3] - 1e-3)
         exact = gaussian(h, SETTINGS["nbeta"], 500.0)
         assert abs(found.gaussian_llc - exact) < 4 * found.gaussian_llc_stderr + 0.01 * exact
-        assert found.num_products == 12 + 6 + 4 * 6 == Plan(4, 6, 12).num_products
+        assert found.num_products == 12 + 6 + 4 * 6
 
 
 def test_many_checkpoints_compile_once():

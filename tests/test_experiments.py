@@ -112,11 +112,14 @@ def test_quickstart_leaves_a_complete_workdir(run):
     for name in ("report.html", "results.csv", *[f"figures/{name}.png" for name in names]):
         assert (run / name).stat().st_size > 0
     assert len((run / "results.csv").read_text().splitlines()) == len(steps) + 1
-    assert len((run / "curvature" / "curvature.csv").read_text().splitlines()) == len(steps) + 1
+    assert (
+        len((run / "llc" / "curvature" / "curvature.csv").read_text().splitlines())
+        == len(steps) + 1
+    )
 
 
 def test_curvature_is_that_of_the_library_and_resumes_where_it_was_killed(copy):
-    folder = copy / "curvature"
+    folder = copy / "llc" / "curvature"
     whole = measure_curvature.load(folder)
     assert list(whole) == train_regression.schedule(train_config(copy))
     model, task = train_regression.setting(train_config(copy))
