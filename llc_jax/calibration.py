@@ -115,8 +115,8 @@ def calibrate(
     if not math.isfinite(at_anchor):
         raise ValueError("the Hessian at params is not finite: use another checkpoint.")
     if localization is None:
-        rungs, known = pilot.ladder(ladder_key, nbeta, at_anchor, num_weights)
-        localization = pilot.affordable(rungs, known)
+        rungs, known, settled = pilot.ladder(ladder_key, nbeta, at_anchor, num_weights)
+        localization = pilot.affordable(rungs, known, settled)
     else:
         rungs, known = np.full(1, localization), np.full(1, at_anchor + localization)
     nbetas = nbeta * np.asarray(nbeta_factors, float)
@@ -124,7 +124,7 @@ def calibrate(
     cells = np.array(np.meshgrid(nbetas, localizations, indexing="ij")).reshape(2, -1)
     above = np.maximum(known - rungs, np.finfo(float).tiny)
     curvature = np.exp(np.interp(np.log(cells[1]), np.log(rungs), np.log(above)))
-    stiffness = pilot.settle(cells_key, *cells, curvature * cells[0] / nbeta + cells[1])
+    stiffness, _ = pilot.settle(cells_key, *cells, curvature * cells[0] / nbeta + cells[1])
 
     # 2. The grid, and the control, whose law is known where nothing is preconditioned.
     def run(sampler, lanes, steps):

@@ -123,8 +123,10 @@ class Pilot:
         found = self.run(rng_key, params, np.full(1, nbeta), np.zeros(1), still, 1)
         return float(stiffness_of(found, still.step_size, np.full(1, np.nan))[0])
 
-    def settle(self, rng_key, nbetas, localizations, stiffness, **changes) -> np.ndarray:
-        """Λ of K settings at the end of chains with the step size it demands.
+    def settle(
+        self, rng_key, nbetas, localizations, stiffness, **changes
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(Λ of K settings at the end of chains with the step size it demands, whether it is that).
 
         Raised round by round until no chain finds more; a setting whose flat directions no longer
         relax within the chains is not worth another round.
@@ -148,7 +150,7 @@ class Pilot:
             stiffness = np.maximum(stiffness, measured)
             if (settled | (self.relaxations(stiffness, localizations) < RELAXATIONS)).all():
                 break
-        return stiffness
+        return stiffness, settled
 
     def relaxations(self, stiffness, localizations) -> np.ndarray:
         """Length of the burn-in in relaxation times."""
@@ -157,8 +159,8 @@ class Pilot:
 
     def ladder(
         self, rng_key, nbeta: float, at_anchor: float, num_weights: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(γ of the rungs [R], Λ at each [R]) at one nbeta, by one chain each.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(γ of the rungs [R], Λ at each, whether it settled) at one nbeta, by one chain each.
 
         The weaker the localization, the further chains go and the larger the curvature that they
         meet: how much larger differs from loss to loss, so it is measured. At an anchor without
@@ -170,10 +172,12 @@ class Pilot:
         )
         rungs = lowest * RUNGS if at_anchor > 0 else num_weights * DECADES
         nbetas = np.full(rungs.size, nbeta)
-        return rungs, self.settle(rng_key, nbetas, rungs, at_anchor + rungs, num_chains=1)
+        return rungs, *self.settle(rng_key, nbetas, rungs, at_anchor + rungs, num_chains=1)
 
-    def affordable(self, rungs: np.ndarray, stiffness: np.ndarray) -> float:
+    def affordable(self, rungs: np.ndarray, stiffness: np.ndarray, settled: np.ndarray) -> float:
         """The weakest γ that relaxes within the burn-in, between the rungs of a ladder."""
-        relaxed = np.maximum.accumulate(self.relaxations(stiffness, rungs))
+        # Where no step size was small enough next to nothing relaxes.
+        relaxed = np.where(settled, self.relaxations(stiffness, rungs), 1e-3)
+        relaxed = np.maximum.accumulate(relaxed)
         wanted = MARGIN * RELAXATIONS
         return float(np.exp(np.interp(np.log(wanted), np.log(relaxed), np.log(rungs))))

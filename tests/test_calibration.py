@@ -109,10 +109,14 @@ def test_between_the_rungs_of_a_ladder_by_hand():
     # 1000 steps of sqrt(0.4 γ / Λ) relaxation times each, with Λ = 1e6 / γ: 0.632 γ of them.
     pilot = Pilot(quadratic, ORIGIN, None, BAOAB(1.0, 1.0), 0.4, 1000, {})
     rungs = np.array([1.0, 10.0, 100.0])
-    assert pilot.affordable(rungs, 1e6 / rungs) == pytest.approx(MARGIN * 3 / math.sqrt(0.4))
+    yes = np.full(3, True)
+    assert pilot.affordable(rungs, 1e6 / rungs, yes) == pytest.approx(MARGIN * 3 / math.sqrt(0.4))
     # Out of reach either way: the end of the ladder.
-    assert pilot.affordable(rungs, 1e12 / rungs) == pytest.approx(100.0)
-    assert pilot.affordable(rungs, 1.0 / rungs) == pytest.approx(1.0)
+    assert pilot.affordable(rungs, 1e12 / rungs, yes) == pytest.approx(100.0)
+    assert pilot.affordable(rungs, 1.0 / rungs, yes) == pytest.approx(1.0)
+    # Rungs on which no step size was small enough do not count, however relaxed they look.
+    unsettled = np.array([False, False, True])
+    assert 10 < pilot.affordable(rungs, 1.0 / rungs, unsettled) < 100
 
 
 def test_the_weakest_localization_is_that_whose_own_curvature_the_burn_in_affords():
