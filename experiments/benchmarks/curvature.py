@@ -107,29 +107,26 @@ def compare(step: int, loss, params, data, config: Config) -> str:
     )
 
     # Ours: eigenvalues, and the space that is taken out of the probes, from one run.
-    for iterations in ITERATIONS:
-        values = curvature.top_eigenvalues(
-            key, operator, params, num_eigenvalues=number, num_iterations=iterations
-        )
-        if error(values) < EIGENVALUE_ERROR:
-            break
-
-    def sweep(num_probes):
+    def sweep(num_probes, iterations):
         measured = curvature_over_checkpoints(
             key, loss, {step: params}, data, nbeta=1.0, localization=1.0, num_probes=num_probes,
             num_eigenvalues=number, num_deflated=iterations - 1, num_iterations=1,
         )  # fmt: skip
         return next(iter(measured))[1]
 
-    piloted = sweep(PILOT)
+    for iterations in ITERATIONS:
+        if error(sweep(2, iterations).largest) < EIGENVALUE_ERROR:
+            break
+
+    piloted = sweep(PILOT, iterations)
     few = probes_needed(curvature.Estimate(piloted.trace, piloted.trace_stderr))
-    ours = sweep(few)
+    ours = sweep(few, iterations)
 
     seconds = timing.interleaved(
         {
             "power": lambda: timing.elapsed(powers),
             "hutchinson": lambda: timing.elapsed(hutchinson),
-            "ours": lambda: timing.elapsed(lambda: np.asarray(sweep(few).largest)),
+            "ours": lambda: timing.elapsed(lambda: np.asarray(sweep(few, iterations).largest)),
         },
         config.repeats,
     )
