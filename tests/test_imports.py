@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "llc_jax"
 LIBRARY = {
     "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
-    "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
+    "estimate", "calibration", "pilot", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
     "spectrum", "vectors", "checks", "parallel", "stages", "smoothing",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.
