@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "llc_jax"
 LIBRARY = {
     "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
-    "estimate", "calibration", "pilot", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
-    "spectrum", "vectors", "checks", "parallel", "stages", "smoothing",
+    "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
+    "pilot", "spectrum", "vectors", "checks", "parallel", "stages", "smoothing",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.
 HEAVY = {"flax", "orbax", "matplotlib", "xarray", "pandas", "arviz", "tqdm", "ml_collections"}
