@@ -109,6 +109,19 @@ def todo(steps: list[int], finished: set[int], size: int, shard: tuple[int, int]
     return [step for chunk in mine if not finished.issuperset(chunk) for step in chunk]
 
 
+def good_steps(kept, done: set[int]) -> list[int]:
+    """The checkpoints of a `CheckpointDir` that have a result or whose weights are undamaged."""
+    return [s for s in kept.steps() if s in done or not kept.verify(s, ["params"])]
+
+
+def no_good_step(kept, folder: str) -> ValueError:
+    """The error if there is none."""
+    return ValueError(
+        f"no good checkpoint in {kept.folder}: run python -m experiments.train_regression"
+        f" --workdir={folder}, which also redoes damaged ones."
+    )
+
+
 @functools.cache
 def data_set(task, num_data: int, seed: int):
     """The finite data set as host arrays, and its SHA-256."""
@@ -137,13 +150,10 @@ def run(config: Config, phase: str = "llc") -> None:
     writer = cli.is_main()
     with workdir.lock(folder, f"shard-{shard[0]}-of-{shard[1]}-{jax.process_index()}"):
         done = set(finished_steps(folder))
-        steps = [s for s in kept.steps() if s in done or not kept.verify(s, ["params"])]
+        steps = good_steps(kept, done)
         steps = parallel.from_process_zero(np.asarray(steps, np.int32)).tolist()
         if not steps:
-            raise ValueError(
-                f"no good checkpoint in {kept.folder}: run python -m experiments.train_regression"
-                f" --workdir={config.workdir}, which also redoes damaged ones."
-            )
+            raise no_good_step(kept, config.workdir)
         work = todo(steps, done, config.checkpoint_batch, shard)
         work = parallel.from_process_zero(np.asarray(work, np.int32)).tolist()
         if not work:

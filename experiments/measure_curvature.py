@@ -107,12 +107,10 @@ def run(config: Config, phase: str = "curvature") -> None:
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {record["step"] for record in workdir.read_jsonl(path)}
-        work = [s for s in kept.steps() if s not in done and not kept.verify(s, ["params"])]
-        if not work and not done:
-            raise ValueError(
-                f"no good checkpoint in {kept.folder}: run python -m experiments.train_regression"
-                f" --workdir={config.workdir}, which also redoes damaged ones."
-            )
+        steps = estimate_llc.good_steps(kept, done)
+        if not steps:
+            raise estimate_llc.no_good_step(kept, config.workdir)
+        work = [step for step in steps if step not in done]
         if not work:
             cli.say(f"{phase}: all checkpoints are done")
         else:

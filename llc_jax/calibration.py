@@ -13,14 +13,12 @@ import numpy as np
 
 from llc_jax import checks
 from llc_jax.llc import default_nbeta_of, estimate_llc_over_checkpoints, estimate_llc_over_settings
-from llc_jax.pilot import Pilot, fitted, relaxation_steps, stiffness_of
+from llc_jax.pilot import Pilot, Settled, fitted, relaxation_steps, stiffness_of
+from llc_jax.proposal import Calibration, lengths
 from llc_jax.samplers import BAOAB, SGLD
-from llc_jax.sweep import RELAXATIONS, Calibration, Sweep, plateau, proposed_row
+from llc_jax.sweep import Sweep, plateau, proposed_row
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
-
-LENGTH = 8.0  # least length of a chain in relaxation times
-MOST = 10**6  # steps of a chain
-ENOUGH = 200.0  # least effective draws: below, R-hat and the error bar itself are uncertain
+from llc_jax.vectors import Layout
 
 
 def calibrate(
@@ -93,7 +91,8 @@ def calibrate(
                    localization_factors=localization_factors)  # fmt: skip
     template = checks.params(params, options.get("step", 0))
     checkpoints = _checked(checkpoints, template)
-    num_weights = sampled_weights(template, checks.mask(options.get("mask"), template))
+    mask = checks.mask(options.get("mask"), template)
+    num_weights = int(Layout.of(template).num_kept(mask))
     if localization is not None:
         checks.nonnegative("localization", localization)
         if not localization > 0:
@@ -115,16 +114,18 @@ def calibrate(
     if not math.isfinite(at_anchor):
         raise ValueError("the Hessian at params is not finite: use another checkpoint.")
     if localization is None:
-        rungs, known, settled = pilot.ladder(ladder_key, nbeta, at_anchor, num_weights)
-        localization = pilot.affordable(rungs, known, settled)
+        rungs = pilot.ladder(ladder_key, nbeta, at_anchor, num_weights)
+        localization = pilot.affordable(rungs)
     else:
-        rungs, known = np.full(1, localization), np.full(1, at_anchor + localization)
+        gamma = np.full(1, float(localization))
+        rungs = Settled(gamma, at_anchor + gamma, np.full(1, True), 0)
     nbetas = nbeta * np.asarray(nbeta_factors, float)
     localizations = localization * np.asarray(localization_factors, float)
     cells = np.array(np.meshgrid(nbetas, localizations, indexing="ij")).reshape(2, -1)
-    above = np.maximum(known - rungs, np.finfo(float).tiny)
-    curvature = np.exp(np.interp(np.log(cells[1]), np.log(rungs), np.log(above)))
-    stiffness, _ = pilot.settle(cells_key, *cells, curvature * cells[0] / nbeta + cells[1])
+    curvature = np.maximum(rungs.stiffness - rungs.localizations, np.finfo(float).tiny)
+    curvature = np.interp(np.log(cells[1]), np.log(rungs.localizations), np.log(curvature))
+    guess = np.exp(curvature) * cells[0] / nbeta + cells[1]
+    met = pilot.settle(cells_key, *cells, guess)
 
     # 2. The grid, and the control, whose law is known where nothing is preconditioned.
     def run(sampler, lanes, steps):
@@ -135,7 +136,7 @@ def calibrate(
         )  # fmt: skip
 
     control = np.stack([np.zeros_like(localizations), localizations]), fraction / localizations
-    grid = np.tile(cells, fractions.size), (fractions[:, None] / stiffness).ravel()
+    grid = np.tile(cells, fractions.size), (fractions[:, None] / met.stiffness).ravel()
     if hasattr(sampler, "preconditioner"):
         estimates = np.concatenate([run(sampler, *grid), run(SGLD(1.0), *control)])
     else:  # one program for both
@@ -148,7 +149,7 @@ def calibrate(
         nbetas=nbetas,
         localizations=localizations,
         step_sizes=steps,
-        stiffness=stiffness.reshape(shape[1:]),
+        stiffness=met.stiffness.reshape(shape[1:]),
         relaxations=num_burnin / relaxation_steps(fitted(sampler, steps, gammas), gammas),
         estimates=estimates[: math.prod(shape)].reshape(shape),
         control=estimates[math.prod(shape) :],
@@ -164,48 +165,35 @@ def calibrate(
     )
 
     # 4. Elsewhere.
-    worst_step, known_stiffest = None, stiffest
+    worst_step, known_stiffest, pilots = None, stiffest, 0
     if checkpoints is not None:
         near = fitted(sampler, float(fractions[chosen[0]]) / stiffest, localization)
-        pilots = estimate_llc_over_checkpoints(
+        elsewhere = estimate_llc_over_checkpoints(
             elsewhere_key, loss_fn, checkpoints, data, sampler=near, nbeta=nbeta,
             localization=localization, num_draws=num_burnin, num_burnin=0,
             **{**_without(chains, "setting_batch", "step"), "num_probes": 1},
         )  # fmt: skip
-        for step, found_there in pilots:
-            pilot.steps += num_chains * num_burnin
+        for step, found_there in elsewhere:
+            pilots += num_burnin
             there = float(stiffness_of([found_there], near.step_size, known_stiffest)[0])
             if there > stiffest:
                 stiffest, worst_step = there, step
 
     step_size = float(fractions[chosen[0]]) / stiffest
     proposal = type(sampler)(*map(float, fitted(sampler, step_size, localization)))
-    tau = float(relaxation_steps(proposal, localization))
-    # Finer steps mix more slowly than those of the grid did; s.e. falls like one over the root of
-    # the effective draws, which grow with the steps.
-    slower = tau * float(sweep.relaxations[chosen]) / num_burnin
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.float64(best.stderr) / abs(best.mean)
-        wanted = num_draws * slower * max((relative / relative_stderr) ** 2, ENOUGH / best.ess)
-    fewest = max(100.0, LENGTH * tau)
-    num_steps = int(np.clip(np.nan_to_num(wanted, nan=num_draws * slower), fewest, MOST))
-    reached = float(relative * math.sqrt(num_draws * slower / num_steps))
-    if not wanted <= MOST:
-        warnings.append(
-            f"A standard error of {relative_stderr:.0%} of λ̂ = {best.mean:.3g} ± {best.stderr:.2g}"
-            f" would take {wanted:.2g} steps; proposed are {num_steps:,}, for {reached:.0%}."
-        )
-    thinning = -(-num_steps // 2000)
-    burnin = -(-math.ceil(RELAXATIONS * tau) // thinning)
+    relaxation = float(relaxation_steps(proposal, localization))
+    # Finer steps mix more slowly than those of the grid did.
+    slower = relaxation * float(sweep.relaxations[chosen]) / num_burnin
+    run_for = lengths(best, relaxation, slower, relative_stderr)
     return Calibration(
         settings={
             "sampler": proposal,
             "nbeta": nbeta,
             "localization": localization,
             "num_chains": num_chains,
-            "num_draws": -(-num_steps // thinning),
-            "num_burnin": burnin,
-            "thinning": thinning,
+            "num_draws": run_for.num_draws,
+            "num_burnin": run_for.num_burnin,
+            "thinning": run_for.thinning,
             **_without(chains, "setting_batch", "num_chains"),
         },
         chosen=chosen,
@@ -214,20 +202,14 @@ def calibrate(
         stiffness=stiffest,
         worst_step=worst_step,
         sensitivity=found,
-        relaxation=tau,
-        relative_stderr=reached,
+        relaxation=relaxation,
+        relative_stderr=run_for.relative_stderr,
         num_params=num_weights,
-        num_steps=pilot.steps // num_chains + estimates.size * (num_burnin + num_draws),
-        warnings=warnings,
+        num_steps=(rungs.num_steps + met.num_steps) // num_chains
+        + estimates.size * (num_burnin + num_draws)
+        + pilots,
+        warnings=warnings + run_for.warnings,
     )
-
-
-def sampled_weights(template: Params, mask: Params | None) -> int:
-    """How many weights the mask leaves, of shapes `template`."""
-    if mask is None:
-        mask = jax.tree.map(lambda _: np.True_, template)
-    counts = jax.tree.map(lambda x, m: np.broadcast_to(m, x.shape).sum(), template, mask)
-    return int(sum(jax.tree.leaves(counts)))
 
 
 def _checked(checkpoints: Any, template: Params) -> Iterator[tuple[int, Params]] | None:

@@ -15,7 +15,7 @@ import jax
 
 from llc_jax import checks
 from llc_jax.hessian import HessianProduct, hvp
-from llc_jax.krylov import Plan, num_weights, quadratic_forms, tridiagonal, tridiagonals
+from llc_jax.krylov import Plan, quadratic_forms, tridiagonal, tridiagonals
 from llc_jax.lanczos import ritz_values
 from llc_jax.spectrum import (
     Eigenvalues,
@@ -164,7 +164,8 @@ def spectral_density(
     checks.at_least("num_points", num_points, 2)
     plan = Plan(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
     deflated, probes = tridiagonals(rng_key, operator, layout, plan)
-    return combine(deflated, probes, num_weights(operator, layout), num_deflated, num_points, width)
+    size = layout.num_kept(getattr(operator, "mask", None))
+    return combine(deflated, probes, size, num_deflated, num_points, width)
 
 
 def gaussian_llc(

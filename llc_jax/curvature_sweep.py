@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llc_jax import checks, parallel
 from llc_jax.hessian import hvp
-from llc_jax.krylov import Plan, num_weights, tridiagonals
+from llc_jax.krylov import Plan, tridiagonals
 from llc_jax.lanczos import ritz_values
 from llc_jax.spectrum import check_temperature, combine, ends
 from llc_jax.types import Batch, LossFn, Params
@@ -115,7 +115,7 @@ def curvature_over_checkpoints(
             f"num_eigenvalues={num_eigenvalues} is above the number of weights {layout.size}."
         )
     plan = Plan(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
-    size = float(num_weights(operator, layout))
+    size = float(layout.num_kept(operator.mask))
     mesh = parallel.data_mesh(checkpoint_batch)
     rng_key, operator = jax.device_put(
         (rng_key, dataclasses.replace(operator, params=None)),

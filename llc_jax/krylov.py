@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llc_jax.hessian import HessianProduct
 from llc_jax.lanczos import Tridiagonal, lanczos
@@ -42,16 +41,6 @@ def maps(operator: Any, layout: Layout) -> tuple[Callable, Callable]:
         lambda v: layout.flatten(product(layout.unflatten(v))),
         lambda v: layout.flatten(operator.project(layout.unflatten(v))),
     )
-
-
-def num_weights(operator: Any, layout: Layout) -> Any:
-    """How many weights take part."""
-    mask = getattr(operator, "mask", None)
-    if mask is None:
-        return layout.size
-    sizes = [int(np.prod(shape)) for shape in layout.shapes]
-    parts = zip(jax.tree.leaves(mask), sizes, strict=True)
-    return sum(m.sum() * (size // max(np.size(m), 1)) for m, size in parts)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

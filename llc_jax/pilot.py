@@ -7,9 +7,8 @@ direction. A relaxation time is the number of steps in which a direction without
 its start.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +79,24 @@ def stiffness_of(estimates: Any, step_sizes: Any, before: Any) -> np.ndarray:
         return np.where(np.isfinite(measured), measured / step_sizes, 10 * np.asarray(before))
 
 
-@dataclasses.dataclass
-class Pilot:
-    """Runs pilot chains on one problem and counts what they cost.
+class Settled(NamedTuple):
+    """Λ of K settings at the end of chains with the step size it demands.
+
+    Attributes:
+      localizations: [K] γ.
+      stiffness: [K] Λ.
+      settled: [K] whether no chain of the last round found more.
+      num_steps: steps of single chains that it took.
+    """
+
+    localizations: np.ndarray
+    stiffness: np.ndarray
+    settled: np.ndarray
+    num_steps: int
+
+
+class Pilot(NamedTuple):
+    """Runs pilot chains on one problem.
 
     Attributes:
       loss_fn: see `estimate_llc`.
@@ -92,7 +106,6 @@ class Pilot:
       fraction: ε Λ.
       num_burnin: steps of a chain.
       options: of `estimate_llc_over_settings`.
-      steps: steps of single chains so far.
     """
 
     loss_fn: LossFn
@@ -102,14 +115,12 @@ class Pilot:
     fraction: float
     num_burnin: int
     options: Mapping[str, Any]
-    steps: int = 0
 
     def run(
         self, rng_key, params, nbetas, localizations, sampler, num_draws, **changes
     ) -> np.ndarray:
         """[K] estimates without burn-in."""
         options = {**self.options, "num_probes": 1, **changes}  # for the stability number
-        self.steps += len(nbetas) * num_draws * options["num_chains"]
         return estimate_llc_over_settings(
             rng_key, self.loss_fn, params, self.data, sampler=sampler, nbeta=nbetas,
             localization=localizations, num_draws=num_draws, num_burnin=0, **options,
@@ -123,10 +134,8 @@ class Pilot:
         found = self.run(rng_key, params, np.full(1, nbeta), np.zeros(1), still, 1)
         return float(stiffness_of(found, still.step_size, np.full(1, np.nan))[0])
 
-    def settle(
-        self, rng_key, nbetas, localizations, stiffness, **changes
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(Λ of K settings at the end of chains with the step size it demands, whether it is that).
+    def settle(self, rng_key, nbetas, localizations, stiffness, **changes) -> Settled:
+        """Looks for the curvature that chains meet whose step size suits that curvature.
 
         Raised round by round until no chain finds more; a setting whose flat directions no longer
         relax within the chains is not worth another round.
@@ -150,17 +159,17 @@ class Pilot:
             stiffness = np.maximum(stiffness, measured)
             if (settled | (self.relaxations(stiffness, localizations) < RELAXATIONS)).all():
                 break
-        return stiffness, settled
+        chains = changes.get("num_chains", self.options["num_chains"])
+        spent = (number + 1) * stiffness.size * self.num_burnin * chains
+        return Settled(localizations, stiffness, settled, spent)
 
     def relaxations(self, stiffness, localizations) -> np.ndarray:
         """Length of the burn-in in relaxation times."""
         sampler = fitted(self.sampler, self.fraction / stiffness, localizations)
         return self.num_burnin / relaxation_steps(sampler, localizations)
 
-    def ladder(
-        self, rng_key, nbeta: float, at_anchor: float, num_weights: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(γ of the rungs [R], Λ at each, whether it settled) at one nbeta, by one chain each.
+    def ladder(self, rng_key, nbeta: float, at_anchor: float, num_weights: int) -> Settled:
+        """Rungs of γ at one nbeta, by one chain each.
 
         The weaker the localization, the further chains go and the larger the curvature that they
         meet: how much larger differs from loss to loss, so it is measured. At an anchor without
@@ -172,12 +181,13 @@ class Pilot:
         )
         rungs = lowest * RUNGS if at_anchor > 0 else num_weights * DECADES
         nbetas = np.full(rungs.size, nbeta)
-        return rungs, *self.settle(rng_key, nbetas, rungs, at_anchor + rungs, num_chains=1)
+        return self.settle(rng_key, nbetas, rungs, at_anchor + rungs, num_chains=1)
 
-    def affordable(self, rungs: np.ndarray, stiffness: np.ndarray, settled: np.ndarray) -> float:
+    def affordable(self, rungs: Settled) -> float:
         """The weakest γ that relaxes within the burn-in, between the rungs of a ladder."""
         # Where no step size was small enough next to nothing relaxes.
-        relaxed = np.where(settled, self.relaxations(stiffness, rungs), 1e-3)
+        gammas = rungs.localizations
+        relaxed = np.where(rungs.settled, self.relaxations(rungs.stiffness, gammas), 1e-3)
         relaxed = np.maximum.accumulate(relaxed)
         wanted = MARGIN * RELAXATIONS
-        return float(np.exp(np.interp(np.log(wanted), np.log(relaxed), np.log(rungs))))
+        return float(np.exp(np.interp(np.log(wanted), np.log(relaxed), np.log(gammas))))

@@ -130,7 +130,10 @@ def render(
         _figure(first, figures[first]),
         "<h2>Stages</h2>",
         _stages_table(stages),
-        *[_section(_HEADINGS.get(name, name), [], _figure(name, figures[name])) for name in rest],
+        *[
+            f"<h2>{_text(_HEADINGS.get(name, name))}</h2>{_figure(name, figures[name])}"
+            for name in rest
+        ],
         "<h2>Checkpoints</h2>",
         _checkpoints_table(sweep),
         "<h2>Warnings</h2>",
@@ -241,8 +244,8 @@ def _warnings(sweep) -> str:
     return "\n".join(blocks)
 
 
-def _section(heading: str, contents: Sequence[Figure | str], *blocks: str) -> str:
-    blocks = [f"<h2>{_text(heading)}</h2>", *blocks]
+def _section(heading: str, contents: Sequence[Figure | str]) -> str:
+    blocks = [f"<h2>{_text(heading)}</h2>"]
     for content in contents:
         figure = isinstance(content, Figure)
         blocks.append(_figure(heading, content) if figure else f"<p>{_text(content)}</p>")

@@ -1,8 +1,7 @@
 """A grid of settings and what it says: where the estimate is level, and how far to trust it."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -256,98 +255,3 @@ def extrapolate_step_size(coarse: LLCEstimate, fine: LLCEstimate) -> tuple[float
     stderr = math.hypot((1 + weight) * fine.stderr, weight * coarse.stderr)
     rest = np.nanmax(coarse.stability) / 4 * abs(fine.mean - value)
     return value, stderr, float(rest)
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """Proposed settings, the grid they come from, and the reasons.
-
-    Attributes:
-      settings: keyword arguments for `estimate_llc`.
-      chosen: index [E, B, G] of the cell of the grid.
-      sweep: the grid.
-      stiffness_at_anchor: Λ at w*.
-      stiffness: Λ that set the step size: the largest seen, along chains.
-      worst_step: training step of the checkpoint where it was seen, None for the anchor's chains.
-      sensitivity: how the estimate depends on the choice.
-      relaxation: steps in which a direction without curvature forgets its start.
-      relative_stderr: of λ̂, expected of the proposed draws.
-      num_params: d.
-      num_steps: sampler steps spent, over all settings, per chain of the proposal.
-      warnings: what to beware of, one sentence each.
-    """
-
-    settings: Mapping[str, Any]
-    chosen: tuple[int, int, int]
-    sweep: Sweep
-    stiffness_at_anchor: float
-    stiffness: float
-    worst_step: int | None
-    sensitivity: Sensitivity
-    relaxation: float
-    relative_stderr: float
-    num_params: int
-    num_steps: int
-    warnings: list[str]
-
-    @property
-    def reasons(self) -> list[str]:
-        """Why these settings: one sentence each."""
-        s, sweep = self.settings, self.sweep
-        step_size, cell = float(s["sampler"].step_size), self.chosen[1:]
-        best = sweep.estimates[self.chosen]
-        where = "along the chains" if self.worst_step is None else f"at step {self.worst_step:,}"
-        squared, exact, z = control_score(sweep, cell[1], self.num_params)
-        level = np.argwhere(self.sensitivity.level)
-        slopes = [
-            f"{slope[cell]:+.1%} per e-fold of {name}"
-            for name, slope in zip(("nbeta", "localization"), self.sensitivity, strict=False)
-            if math.isfinite(slope[cell])
-        ]
-        change = f"; here it changes by {' and '.join(slopes)}" if slopes else ""
-        if self.sensitivity.level.size == 1:
-            span = "nothing else was tried"
-        elif level.size:
-            (b0, g0), (b1, g1) = level.min(axis=0), level.max(axis=0)
-            span = (
-                f"λ̂ is level in {len(level)} of {self.sensitivity.level.size} settings, with nbeta"
-                f" from {sweep.nbetas[b0]:.3g} to {sweep.nbetas[b1]:.3g} and localization from"
-                f" {sweep.localizations[g0]:.3g} to {sweep.localizations[g1]:.3g} (within"
-                f" {LEVEL:.0%} per e-fold)"
-            )
-        else:
-            span = f"λ̂ is level (within {LEVEL:.0%} per e-fold) nowhere on the grid"
-        return [
-            f"step_size {step_size:.3g}: {step_size * self.stiffness:.2g} / Λ with Λ ="
-            f" {self.stiffness:.3g}, the largest curvature of the posterior {where}"
-            f" ({self.stiffness / self.stiffness_at_anchor:.2g} times that at the anchor).",
-            f"nbeta {s['nbeta']:.4g} and localization {s['localization']:.4g}: {span}{change}.",
-            f"burn-in {s['num_burnin'] * s['thinning']} steps: flat directions forget their start"
-            f" in {self.relaxation:.3g} steps.",
-            f"{s['num_draws']} draws, {s['thinning']} steps apart, in {s['num_chains']} chains: for"
-            f" a standard error near {self.relative_stderr:.1%}; the grid had {best.mean:.4g} ±"
-            f" {best.stderr:.2g}.",
-            f"Control at nbeta = 0: mean squared distance {squared:.4g}, exact {exact:.4g}"
-            f" ({z:+.1f} standard errors); there the loss rises by"
-            f" {rise(sweep.control[cell[1]]):.3g}, here by {rise(best):.3g}.",
-        ]
-
-    def summary(self) -> str:
-        """Returns the settings, the reasons and the warnings as text."""
-        lines = [f"{name:<14}{value}" for name, value in self.settings.items()]
-        lines += ["", *[f"- {reason}" for reason in self.reasons]]
-        return "\n".join(lines + [f"! {warning}" for warning in self.warnings])
-
-    def __repr__(self) -> str:
-        return f"Calibration({dict(self.settings)}, {len(self.warnings)} warnings)"
-
-    def _repr_html_(self) -> str:
-        import html
-
-        return f"<pre>{html.escape(self.summary())}</pre>"
-
-    def plot(self):
-        """Draws the sweep; returns a matplotlib `Figure`."""
-        from llc_jax import sweep_figures
-
-        return sweep_figures.sweep_figure(self)

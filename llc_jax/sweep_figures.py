@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from llc_jax.diagnostics import MAX_RHAT, MAX_STABILITY
 from llc_jax.figures import CHAIN_COLORS, INK, LLC, VERMILLION, InlineFigure
-from llc_jax.sweep import Calibration, Sweep
+from llc_jax.proposal import Calibration
+from llc_jax.sweep import Sweep
 
 
 def sweep_figure(calibration: Calibration) -> Figure:

@@ -39,6 +39,14 @@ class Layout(NamedTuple):
         """The widest of the leaves, at least float32."""
         return np.dtype(max(self.dtypes))  # "float64" > "float32"
 
+    def num_kept(self, mask: Params | None) -> Any:
+        """How many weights a mask leaves, of a scalar or an array per leaf; all without one."""
+        if mask is None:
+            return self.size
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        parts = zip(jax.tree.leaves(mask), sizes, strict=True)
+        return sum(m.sum() * (size // max(np.size(m), 1)) for m, size in parts)
+
     def widen(self, params: Params) -> Params:
         """Returns params, leaves at least float32."""
         leaves = zip(jax.tree.leaves(params), self.dtypes, strict=True)

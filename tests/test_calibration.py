@@ -23,11 +23,13 @@ from llc_jax.pilot import (
     GROWTH,
     MARGIN,
     Pilot,
+    Settled,
     fitted,
     relaxation_steps,
     stiffness_of,
     weakest_localization,
 )
+from llc_jax.proposal import lengths
 from llc_jax.sweep import (
     LEVEL,
     RELAXATIONS,
@@ -109,14 +111,16 @@ def test_between_the_rungs_of_a_ladder_by_hand():
     # 1000 steps of sqrt(0.4 γ / Λ) relaxation times each, with Λ = 1e6 / γ: 0.632 γ of them.
     pilot = Pilot(quadratic, ORIGIN, None, BAOAB(1.0, 1.0), 0.4, 1000, {})
     rungs = np.array([1.0, 10.0, 100.0])
-    yes = np.full(3, True)
-    assert pilot.affordable(rungs, 1e6 / rungs, yes) == pytest.approx(MARGIN * 3 / math.sqrt(0.4))
+
+    def affordable(stiffness, settled=(True, True, True)):
+        return pilot.affordable(Settled(rungs, stiffness, np.array(settled), 0))
+
+    assert affordable(1e6 / rungs) == pytest.approx(MARGIN * 3 / math.sqrt(0.4))
     # Out of reach either way: the end of the ladder.
-    assert pilot.affordable(rungs, 1e12 / rungs, yes) == pytest.approx(100.0)
-    assert pilot.affordable(rungs, 1.0 / rungs, yes) == pytest.approx(1.0)
+    assert affordable(1e12 / rungs) == pytest.approx(100.0)
+    assert affordable(1.0 / rungs) == pytest.approx(1.0)
     # Rungs on which no step size was small enough do not count, however relaxed they look.
-    unsettled = np.array([False, False, True])
-    assert 10 < pilot.affordable(rungs, 1.0 / rungs, unsettled) < 100
+    assert 10 < affordable(1.0 / rungs, settled=(False, False, True)) < 100
 
 
 def test_the_weakest_localization_is_that_whose_own_curvature_the_burn_in_affords():
@@ -375,6 +379,24 @@ def test_the_control_of_a_preconditioned_sampler_is_not_preconditioned():
     assert found.sweep.estimates[0, 0, 0].settings["sampler"] == "RMSPropSGLD"
     assert found.sweep.control[0].settings["sampler"] == "SGLD"
     assert abs(control_score(found.sweep, 0, DIM)[2]) < 4
+
+
+def test_lengths_by_hand(with_gap):
+    # 400 draws gave 8 %; 2 % takes 16 times as many, with steps half as fast 32 times.
+    base = with_gap.sweep.estimates[with_gap.chosen]
+    grid = dataclasses.replace(base, mean=50.0, stderr=4.0, ess=300.0)
+    assert grid.losses.shape == (4, 400)
+    found = lengths(grid, 100.0, 2.0, 0.02)
+    assert found.thinning == -(-400 * 32 // 2000)
+    assert 0 <= found.num_draws * found.thinning - 400 * 32 < found.thinning
+    assert 0 <= found.num_burnin * found.thinning - RELAXATIONS * 100 < found.thinning
+    assert found.relative_stderr == pytest.approx(0.02)
+    assert found.warnings == []
+    # A precise grid: as many as R-hat wants, and eight relaxation times at least.
+    few = dataclasses.replace(grid, stderr=0.1, ess=100.0)
+    assert lengths(few, 10.0, 1.0, 0.02)[:3] == (800, 30, 1)
+    assert lengths(few, 200.0, 1.0, 0.02)[:3] == (1600, 600, 1)
+    assert lengths(few, 10.0, 1.0, 0.02).relative_stderr == pytest.approx(0.002 / math.sqrt(2))
 
 
 def test_an_error_out_of_reach_is_not_promised():

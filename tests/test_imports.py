@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llc_jax"
 LIBRARY = {
     "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
     "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
-    "pilot", "spectrum", "vectors", "checks", "parallel", "stages", "smoothing",
+    "pilot", "proposal", "spectrum", "vectors", "checks", "parallel", "stages", "smoothing",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.
 HEAVY = {"flax", "orbax", "matplotlib", "xarray", "pandas", "arviz", "tqdm", "ml_collections"}
