@@ -1,4 +1,4 @@
-"""A grid of settings and what it says: where the estimate is level, and how far to trust it."""
+"""A grid of settings and what it says: which cuts off the least, and how far to trust it."""
 
 import math
 from collections.abc import Callable
@@ -104,12 +104,14 @@ def sensitivity(sweep: Sweep, row: int) -> Sensitivity:
 
 
 def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]:
-    """Chooses a cell where λ̂ does not depend on the choice, or depends on it least.
+    """Chooses the cell that cuts off the least among those whose chains reached their law.
 
-    At the step fraction of `proposed_row`, among the level cells, the nbeta nearest the middle of
-    the grid and with it the weakest localization, which cuts off the least. If no cell is level,
-    the healthy one with the smallest sum of both sensitivities; if none is healthy, the one with
-    the fewest findings.
+    At the step fraction of `proposed_row`, the weakest healthy localization of an nbeta: among the
+    nbetas, one where that is level if there is any, and then the nearest to the middle of the
+    grid. Not the weakest *level* localization: a stronger one can be level because it has cut off
+    all degenerate directions, and then the value there is that of the curvature at the anchor
+    alone. If no cell is healthy, the one with the fewest findings and the smallest sum of both
+    sensitivities.
 
     Returns:
       (index [E, B, G] of the cell, `Sensitivity`, warnings in words).
@@ -124,10 +126,13 @@ def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]
             "every chain at the proposed step fraction diverged: give smaller step_fractions, or a"
             " larger localization."
         )
-    level = np.argwhere(found.level)
-    if level.size:
-        from_middle = np.abs(level[:, 0] - (sweep.nbetas.size - 1) / 2)
-        cell = level[np.lexsort((level[:, 1], from_middle))[0]]
+    usable = found.healthy & np.isfinite(sweep.values("mean")[row])
+    if usable.any():
+        candidates = np.flatnonzero(usable.any(axis=1))
+        weakest = usable.argmax(axis=1)[candidates]
+        from_middle = np.abs(candidates - (sweep.nbetas.size - 1) / 2)
+        best = np.lexsort((from_middle, ~found.level[candidates, weakest]))[0]
+        cell = candidates[best], weakest[best]
     else:
         tried = np.array([sweep.nbetas.size, sweep.localizations.size]) > 1
         slopes = np.abs([found.nbeta, found.localization])[tried]

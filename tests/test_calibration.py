@@ -307,7 +307,7 @@ def made_up(with_gap, means, relaxations=10.0):
     )  # fmt: skip
 
 
-def test_of_level_cells_the_middle_nbeta_and_the_weakest_localization_are_chosen(with_gap):
+def test_the_weakest_healthy_localization_and_the_middle_nbeta_are_chosen(with_gap):
     flat = made_up(with_gap, np.full((1, 3, 4), 7.0))
     chosen, found, _ = plateau(flat)
     assert chosen == (0, 1, 0)
@@ -317,6 +317,23 @@ def test_of_level_cells_the_middle_nbeta_and_the_weakest_localization_are_chosen
     chosen, found, _ = plateau(made_up(with_gap, np.full((1, 3, 4), 7.0), unrelaxed))
     assert chosen == (0, 1, 2)
     np.testing.assert_array_equal(found.healthy[1], [False, False, True, True])
+
+
+def test_a_lower_plateau_at_strong_localization_is_not_preferred(with_gap):
+    # Level from the third localization on, as where only the curvature at the anchor is left.
+    means = [[[30.0, 25.0, 20.0, 20.0, 20.0]]]
+    chosen, found, warnings = plateau(made_up(with_gap, means))
+    np.testing.assert_array_equal(found.level[0], [False, False, False, True, True])
+    assert chosen == (0, 0, 0)
+    assert any("depends on localization" in warning for warning in warnings)
+
+
+def test_an_nbeta_is_preferred_where_the_weakest_localization_is_level(with_gap):
+    slope = np.array([[[9.0, 8.0, 8.0], [9.0, 8.0, 7.0], [8.0, 8.0, 8.0]]])
+    wide = made_up(with_gap, slope)._replace(nbetas=np.array([1.0, 1e8, 1e16]))
+    chosen, found, _ = plateau(wide)
+    np.testing.assert_array_equal(found.level[:, 0], [False, False, True])
+    assert chosen == (0, 2, 0)
 
 
 def test_short_grids_are_not_held_against_a_setting(with_gap):
@@ -338,7 +355,7 @@ def test_only_what_decides_the_answer_is_warned_of(with_gap):
 def test_what_lies_beside_a_diverged_setting_is_not_taken_for_level(with_gap):
     chosen, found, warnings = plateau(made_up(with_gap, [[[np.nan, 10.0, 20.0, 24.0, 27.0]]]))
     assert np.isnan(found.localization[0, 1])
-    assert chosen == (0, 0, 4)  # the smallest slope there is
+    assert chosen == (0, 0, 1)  # the weakest that is finite
     assert not found.level.any()
     assert not any("Only one localization" in warning for warning in warnings)
     assert any("Only one nbeta" in warning for warning in warnings)

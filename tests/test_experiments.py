@@ -18,6 +18,7 @@ import pytest
 
 import llc_jax
 from experiments import (
+    calibrate_sgld,
     cli,
     estimate_llc,
     find_stages,
@@ -144,6 +145,35 @@ def test_curvature_is_that_of_the_library_and_resumes_where_it_was_killed(copy):
         measure_curvature.run(
             dataclasses.replace(measure_curvature.PRESETS["smoke"], workdir=str(copy), num_probes=3)
         )
+
+
+def test_calibration_of_a_run_proposes_a_command_that_runs(copy, capsys):
+    config = dataclasses.replace(
+        calibrate_sgld.PRESETS["smoke"], workdir=str(copy), step_fractions="0.4",
+        nbeta_factors="1", localization_factors="1,3",
+    )  # fmt: skip
+    calibrate_sgld.run(config)
+    folder, last = copy / "calibration", results.finished_steps(copy / "llc")[-1]
+    found = files.read_json(folder / "calibration.json")
+    assert found["step"] == last
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 2
+    assert (folder / "sweep.png").stat().st_size > 0
+    flags = dict(word[2:].split("=") for word in found["run"].split() if word.startswith("--"))
+    assert float(flags["step_size"]) == pytest.approx(
+        found["settings"]["sampler"]["step_size"], rel=0.01
+    )
+    # The proposal at every checkpoint, in a folder of its own.
+    proposal = llc_config(
+        copy, name=flags["name"], step_size=float(flags["step_size"]),
+        localization=float(flags["localization"]), num_draws=4, num_burnin=2,
+    )  # fmt: skip
+    estimate_llc.run(proposal)
+    assert last in results.finished_steps(copy / flags["name"])
+    capsys.readouterr()
+    calibrate_sgld.run(config)
+    assert "up to date" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="step=12345: "):
+        calibrate_sgld.run(dataclasses.replace(config, step=12345))
 
 
 def test_second_run_changes_nothing(copy, capsys):

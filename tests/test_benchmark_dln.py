@@ -1,0 +1,87 @@
+"""The benchmark on deep linear networks: its statistics by hand, and one network end to end."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import benchmark_dln, workdir
+from llc_jax.models import deep_linear
+
+FIELDS = {
+    "aoyagi": 100.0, "exact": 100.0, "llc": 100.0, "stderr": 1.0, "finite": 100.0, "verdict": "ok",
+    "gradients": 10, "gradients_of_calibration": 20, "seconds": 1.0, "seconds_of_calibration": 2.0,
+}  # fmt: skip
+
+
+def records(**columns):
+    rows = zip(*columns.values(), strict=True)
+    return [{"sampler": "BAOAB", **FIELDS, **dict(zip(columns, row, strict=True))} for row in rows]
+
+
+def test_order_is_counted_over_pairs_that_differ():
+    true, found = np.array([1.0, 2.0, 3.0, 3.0]), np.array([1.0, 3.0, 2.0, 4.0])
+    # Five pairs differ; (2, 3) against the third network is the one that is turned round.
+    assert benchmark_dln.order_preserved(true, found) == pytest.approx(4 / 5)
+    assert benchmark_dln.order_preserved(true, true) == 1.0
+    assert math.isnan(benchmark_dln.order_preserved(np.ones(3), np.arange(3.0)))
+
+
+def test_errors_of_settings_and_of_the_sampler_add_up():
+    made = records(exact=[100.0, 200.0, None], aoyagi=[0.0, 0.0, 50.0], llc=[90.0, 206.0, 50.0],
+                   finite=[92.0, 200.0, 51.0])  # fmt: skip
+    [row] = benchmark_dln.summary(made)
+    # Relative errors -10, +3, 0 %; of the settings -8, 0, +2 %; so of the sampler -2, +3, -2 %.
+    assert row["median_relative_error"] == pytest.approx(0.03)
+    assert row["mean_relative_bias"] == pytest.approx(-0.07 / 3)
+    assert row["median_error_of_settings"] == pytest.approx(0.02)
+    assert row["median_error_of_sampler"] == pytest.approx(0.02)
+    assert row["p95_error_of_sampler"] == pytest.approx(0.02 + 0.9 * 0.01)
+    assert row["order_preserved"] == 1.0
+    assert "3.0%" in benchmark_dln.markdown([row])
+
+
+def test_networks_without_an_estimate_are_counted_and_left_out():
+    [row] = benchmark_dln.summary(records(llc=[math.nan, 110.0]))
+    assert (row["networks"], row["failed"]) == (2, 1)
+    assert row["median_relative_error"] == pytest.approx(0.1)
+
+
+def test_one_network_end_to_end_and_again(tmp_path, capsys):
+    config = dataclasses.replace(
+        benchmark_dln.PRESETS["smoke"], workdir=str(tmp_path / "run"), first_network=4,
+        num_draws=60, num_burnin=60,
+    )  # fmt: skip
+    benchmark_dln.run(config)
+    [record] = workdir.read_jsonl(tmp_path / "run" / "records.jsonl")
+    widths, net, _ = benchmark_dln.network(config, 4)
+    assert record["widths"] == list(widths)
+    assert record["exact"] == deep_linear.aoyagi_coefficient(widths, net.rank)[0]
+    exact, stderr = record["finite"], record["finite_stderr"]
+    assert abs(record["llc"] - exact) < 4 * math.hypot(record["stderr"], stderr) + 0.1 * exact
+    for name in ("summary.md", "summary.csv", "records.csv", "estimates.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    before = (tmp_path / "run" / "records.jsonl").read_bytes()
+    benchmark_dln.run(config)
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
+    assert json.loads(before)["sampler"] == "BAOAB"
+    with pytest.raises(ValueError, match="num_draws: 60 before, 70 now"):
+        benchmark_dln.run(dataclasses.replace(config, num_draws=70))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samplers": "HMC"}, "samplers='HMC': choose from"),
+        ({"generator": "random"}, "generator='random': choose from"),
+        ({"loss": "mean"}, "loss='mean': choose population or minibatch"),
+    ],
+)
+def test_unknown_names_are_explained(tmp_path, change, message):
+    config = dataclasses.replace(
+        benchmark_dln.PRESETS["smoke"], workdir=str(tmp_path / "run"), **change
+    )
+    with pytest.raises(ValueError, match=message):
+        benchmark_dln.run(config)
