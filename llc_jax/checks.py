@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
 
 def at_least(name: str, value: int, minimum: int, remedy: str = "") -> None:
@@ -204,10 +204,26 @@ def losses(loss_fn: LossFn, template: Params, batch: Batch, size: int) -> None:
     """Checks that the loss function returns one real loss per example."""
     out = jax.eval_shape(loss_fn, template, batch)
     shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
-    if shape != (size,) or not jnp.issubdtype(dtype, jnp.floating):
+    if shape != (size,) or not _is_float(dtype):
         found = f"shape {shape} and dtype {dtype}" if shape is not None else f"{type(out).__name__}"
         hint = "; drop the final mean over the batch" if shape == () else ""
         raise ValueError(
             f"loss_fn returned {found} for a batch of {size}: it must return the losses of the"
             f" examples, shape ({size},), floating point{hint}."
         )
+
+
+def parts(parts_fn: PartsFn, template: Params, batch: Batch, size: int) -> None:
+    """Checks that the function returns a row of real parts per example."""
+    out = jax.eval_shape(parts_fn, template, batch)
+    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if shape is None or shape[:1] != (size,) or len(shape) != 2 or not _is_float(dtype):
+        found = f"shape {shape} and dtype {dtype}" if shape is not None else f"{type(out).__name__}"
+        raise ValueError(
+            f"parts_fn returned {found} for a batch of {size}: it must return a row of losses per"
+            f" example, shape ({size}, parts), floating point."
+        )
+
+
+def _is_float(dtype) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)

@@ -40,6 +40,8 @@ class LLCEstimate:
       num_finite: chains without a non-finite value.
       diverged_at: [C] recorded draw, burn-in counted, of the first non-finite value; -1 if none.
       settings: name -> value of every hyperparameter of the run.
+      parts: [K] λ̂ of each part of the loss; None without `parts_fn`.
+      parts_stderr: [K] their Monte-Carlo standard errors; nan for one that never varies.
       collected: what `collect` returned, leading axes [C, burn-in + D]; None without it.
     """
 
@@ -61,6 +63,8 @@ class LLCEstimate:
     num_finite: int
     diverged_at: np.ndarray
     settings: Mapping[str, float | int | str]
+    parts: np.ndarray | None = None
+    parts_stderr: np.ndarray | None = None
     collected: Any = None
 
     @functools.cached_property
@@ -130,11 +134,15 @@ class LLCEstimate:
         return figures.trace_figure(self)
 
     def to_xarray(self):
-        """Returns an `xarray.Dataset` with dimensions chain, draw and burnin."""
+        """Returns an `xarray.Dataset` with dimensions chain, draw and burnin, and part if any."""
         import xarray
 
+        parts = {}
+        if self.parts is not None:
+            parts = {"parts": ("part", self.parts), "parts_stderr": ("part", self.parts_stderr)}
         return xarray.Dataset(
             data_vars={
+                **parts,
                 "llc": self.mean,
                 "stderr": self.stderr,
                 "init_loss": self.init_loss,
@@ -189,6 +197,11 @@ def summarize(
     acceptance = np.full(len(finite), np.nan)
     if log_ratio.size:
         acceptance[finite] = np.exp(np.minimum(log_ratio[finite], 0.0)).mean(axis=1)
+    parts = parts_stderr = None
+    if trace.part_gaps is not None:
+        each = nbeta * trace.part_gaps[finite, after].astype(np.float64)
+        parts = each.mean(axis=(0, 1)) if finite.any() else np.full(each.shape[2], np.nan)
+        parts_stderr = np.array([diagnostics.mean_stderr(part) for part in np.moveaxis(each, 2, 0)])
     return LLCEstimate(
         mean=float(per_chain[finite].mean()) if finite.any() else math.nan,
         stderr=diagnosis.stderr,
@@ -208,5 +221,7 @@ def summarize(
         num_finite=int(finite.sum()),
         diverged_at=diverged_at,
         settings=settings,
+        parts=parts,
+        parts_stderr=parts_stderr,
         collected=trace.collected,
     )

@@ -12,7 +12,7 @@ from llc_jax import checks, parallel
 from llc_jax.estimate import LLCEstimate, summarize
 from llc_jax.posterior import default_nbeta
 from llc_jax.sampling import Plan, sample
-from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
 
 def estimate_llc(
@@ -89,6 +89,7 @@ def estimate_llc_over_checkpoints(
     chain_batch: int | None = None,
     num_probes: int = 8,
     mask: Params | None = None,
+    parts_fn: PartsFn | None = None,
     collect: Callable[[Params, Batch], Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, LLCEstimate]]:
@@ -115,6 +116,8 @@ def estimate_llc_over_checkpoints(
       num_probes: draws at which the Metropolis acceptance is measured (one gradient each); unless
         0, the stability number is measured at the end of each chain (13 Hessian products).
       mask: pytree of 0/1 like params; only weights with 1 are sampled.
+      parts_fn: `parts_fn(params, batch)` [batch, part], e.g. losses of each token: λ̂ of each
+        part from the same chains, `LLCEstimate.parts`; static.
       collect: `collect(params, batch)`, recorded at every draw; static, keep it small.
       mesh: devices, axes (checkpoint, chain); default all devices (`parallel.make_mesh`).
 
@@ -130,7 +133,7 @@ def estimate_llc_over_checkpoints(
         rng_key, loss_fn, lanes, data, lane_batch=checkpoint_batch, num_chains=num_chains,
         num_draws=num_draws, num_burnin=num_burnin, batch_size=batch_size, thinning=thinning,
         grad_accum=grad_accum, chain_batch=chain_batch, num_probes=num_probes, mask=mask,
-        collect=collect, mesh=mesh,
+        parts_fn=parts_fn, collect=collect, mesh=mesh,
     )  # fmt: skip
     return ((lane.step, estimate) for lane, estimate in estimates)
 
@@ -239,6 +242,7 @@ def _estimate_lanes(
     chain_batch: int | None = None,
     num_probes: int = 8,
     mask: Params | None = None,
+    parts_fn: PartsFn | None = None,
     collect: Callable[[Params, Batch], Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[Lane, LLCEstimate]]:
@@ -280,6 +284,8 @@ def _estimate_lanes(
     mask = checks.mask(mask, template)
     example = jax.eval_shape(stream.batch_fn, rng_key) if stream else checks.rows(data, batch_size)
     checks.losses(loss_fn, template, example, batch_size)
+    if parts_fn is not None:
+        checks.parts(parts_fn, template, example, batch_size)
 
     mesh = mesh or parallel.make_mesh(lane_batch, num_chains)
     rows, columns = (mesh.shape[axis] for axis in (parallel.CHECKPOINT, parallel.CHAIN))
@@ -327,6 +333,7 @@ def _estimate_lanes(
                 plan=plan,
                 num_chains=columns * chain_batch * -(-share // chain_batch),
                 mesh=mesh,
+                parts_fn=parts_fn,
                 collect=collect,
             )  # fmt: skip
 

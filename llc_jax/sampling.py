@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss
 from llc_jax.stability import stability_number
-from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
 
 class Plan(NamedTuple):
@@ -59,6 +59,8 @@ class Trace(NamedTuple):
       distance: [draw] Euclidean distance |w - w*|.
       log_acceptance: [draw] log Metropolis ratio of the step from the draw; nan where not probed.
       stability: stability number at the end of the chain, a scalar; nan if not probed.
+      part_gaps: [draw, part] parts of the loss at the draw minus those at w*, both means over the
+        same minibatch; None without `parts_fn`.
       collected: what `collect` returned, stacked over draws; None without it.
     """
 
@@ -67,16 +69,17 @@ class Trace(NamedTuple):
     distance: jax.Array
     log_acceptance: jax.Array
     stability: jax.Array
+    part_gaps: jax.Array | None
     collected: Any
 
 
-def anchor_losses(loss_fn: LossFn, params: Params, data: Batch, chunk: int) -> jax.Array:
-    """Per-example losses over a whole finite data set, [n], float32, `chunk` examples at a time."""
+def anchor_losses(loss_fn: PartsFn, params: Params, data: Batch, chunk: int) -> jax.Array:
+    """Losses of all n examples, [n] or [n, part], float32, `chunk` examples at a time."""
     n = num_examples(data)
     num_chunks = -(-n // chunk)
     rows = (jnp.arange(num_chunks * chunk) % n).reshape(num_chunks, chunk)
     losses = jax.lax.map(lambda r: loss_fn(params, take(data, r)).astype(jnp.float32), rows)
-    return losses.reshape(-1)[:n]
+    return losses.reshape(-1, *losses.shape[2:])[:n]
 
 
 def num_examples(data: Batch) -> int:
@@ -95,11 +98,13 @@ def sample_chain(
     anchor: Params,
     data: Batch | Stream,
     reference: jax.Array | None,
+    part_reference: jax.Array | None,
     sampler: Sampler,
     nbeta: jax.Array,
     localization: jax.Array,
     mask: Params | None,
     plan: Plan,
+    parts_fn: PartsFn | None = None,
     collect: Callable[[Params, Batch], Any] | None = None,
 ) -> Trace:
     """Runs one chain from the anchor.
@@ -110,11 +115,13 @@ def sample_chain(
       anchor: w*, start of the chain and centre of the localization.
       data: a data set with leading axis n, or a `Stream`.
       reference: [n] losses at the anchor; None for a `Stream`.
+      part_reference: [n, part] parts of them; None for a `Stream` or without `parts_fn`.
       sampler: the sampler.
       nbeta: scalar.
       localization: scalar.
       mask: None, or 0/1 like params.
       plan: the static sizes.
+      parts_fn: optional `parts_fn(params, batch)` [batch, part], averaged at every draw.
       collect: optional `collect(params, batch)` recorded at every draw.
 
     Returns:
@@ -126,12 +133,16 @@ def sample_chain(
     def minibatch(key):
         if isinstance(data, Stream):
             batch = data.batch_fn(key)
-            return batch, mean_loss(loss_fn, anchor, batch)
+            parts = None if parts_fn is None else jnp.mean(parts_fn(anchor, batch), axis=0)
+            return batch, mean_loss(loss_fn, anchor, batch), parts
         n = num_examples(data)
         if plan.batch_size == n:
-            return data, jnp.mean(reference)
-        rows = jax.random.randint(key, (plan.batch_size,), 0, n)
-        return take(data, rows), jnp.mean(reference[rows])
+            rows, batch = slice(None), data
+        else:
+            rows = jax.random.randint(key, (plan.batch_size,), 0, n)
+            batch = take(data, rows)
+        parts = None if parts_fn is None else jnp.mean(part_reference[rows], axis=0)
+        return batch, jnp.mean(reference[rows]), parts
 
     def posterior_on(batch, anchor_loss):
         return lambda params: evaluate(
@@ -140,7 +151,7 @@ def sample_chain(
 
     def step(state, t, probing):
         batch_key, noise_key = jax.random.split(jax.random.fold_in(rng_key, t))
-        batch, anchor_loss = minibatch(batch_key)
+        batch, anchor_loss, anchor_parts = minibatch(batch_key)
         posterior = posterior_on(batch, anchor_loss)
         new_state, here = sampler.step(noise_key, state, posterior, mask)
         distance = optax.tree.norm(apply_mask(mask, displacement(state.params, anchor)))
@@ -153,8 +164,11 @@ def sample_chain(
         if len(probes):
             # The predicate is the same for every chain, so vmap keeps the branch a branch.
             ratio = jax.lax.cond(probing, probe, lambda: jnp.float32(jnp.nan))
+        parts = None
+        if parts_fn is not None:
+            parts = jnp.mean(parts_fn(state.params, batch), axis=0) - anchor_parts
         extra = None if collect is None else collect(state.params, batch)
-        return new_state, (here.loss, anchor_loss, distance, ratio, extra)
+        return new_state, (here.loss, anchor_loss, distance, ratio, parts, extra)
 
     def draw(state, inputs):
         t, probing = inputs
@@ -172,7 +186,7 @@ def sample_chain(
 
     draws = jnp.arange(plan.total_draws)
     probing = jnp.isin(draws, jnp.asarray(probes, draws.dtype))
-    state, (losses, references, distance, ratio, extra) = jax.lax.scan(
+    state, (losses, references, distance, ratio, parts, extra) = jax.lax.scan(
         draw, sampler.init(anchor), (draws, probing)
     )
     stability = jnp.float32(jnp.nan)
@@ -180,13 +194,14 @@ def sample_chain(
         # The step after the last: keys that no step has used.
         last = jax.random.fold_in(rng_key, plan.total_draws * plan.thinning)
         batch_key, start_key = jax.random.split(last)
-        posterior = posterior_on(*minibatch(batch_key))
+        posterior = posterior_on(*minibatch(batch_key)[:2])
         stability = stability_number(start_key, sampler, state, posterior, mask)
-    return Trace(losses, references, distance, ratio, stability, extra)
+    return Trace(losses, references, distance, ratio, stability, parts, extra)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("loss_fn", "stream", "plan", "num_chains", "mesh", "collect")
+    jax.jit,
+    static_argnames=("loss_fn", "stream", "plan", "num_chains", "mesh", "parts_fn", "collect"),
 )
 def sample(
     rng_key: jax.Array,
@@ -203,6 +218,7 @@ def sample(
     plan: Plan,
     num_chains: int,
     mesh: Mesh,
+    parts_fn: PartsFn | None = None,
     collect: Callable[[Params, Batch], Any] | None = None,
 ) -> tuple[jax.Array, Trace]:
     """Samples `num_chains` chains in each of a stack of lanes: a checkpoint and its settings.
@@ -223,6 +239,7 @@ def sample(
       plan: static sizes.
       num_chains: a multiple of mesh axis times `plan.chain_batch`.
       mesh: axes (checkpoint, chain); each device runs its own lanes and never talks to another.
+      parts_fn: static, see `sample_chain`.
       collect: static, see `sample_chain`.
 
     Returns:
@@ -232,16 +249,19 @@ def sample(
     def local(key, steps, chains, checkpoints, data, sampler, nbeta, localization, mask):
         def one_checkpoint(step, anchor, sampler, nbeta, localization):
             key_s = jax.random.fold_in(key, step)
+            reference, parts, init_loss = None, None, jnp.float32(jnp.nan)
             if stream is None:
-                reference = anchor_losses(loss_fn, anchor, data, plan.batch_size // plan.grad_accum)
+                chunk = plan.batch_size // plan.grad_accum
+                reference = anchor_losses(loss_fn, anchor, data, chunk)
                 init_loss = jnp.mean(reference)
-            else:
-                reference, init_loss = None, jnp.float32(jnp.nan)
+                if parts_fn is not None:
+                    parts = anchor_losses(parts_fn, anchor, data, chunk)
 
             def one_chain(chain):
                 return sample_chain(
                     jax.random.fold_in(key_s, chain), loss_fn, anchor,
-                    stream or data, reference, sampler, nbeta, localization, mask, plan, collect,
+                    stream or data, reference, parts, sampler, nbeta, localization, mask, plan,
+                    parts_fn, collect,
                 )  # fmt: skip
 
             return init_loss, jax.lax.map(one_chain, chains, batch_size=plan.chain_batch)

@@ -27,6 +27,17 @@ class LossFn(Protocol):
         ...
 
 
+class PartsFn(Protocol):
+    """`parts_fn(params, batch) -> parts`: losses of each example in parts, shape [batch, part].
+
+    For example the loss at each token. Its identity must survive, like that of a `LossFn`.
+    """
+
+    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns the parts of the losses of the examples in `batch`, shape [batch, part]."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """Data without end: every draw sees a fresh minibatch `batch_fn(rng_key)`.
