@@ -1,19 +1,18 @@
 """Curvature at every checkpoint of a run, in one compiled program."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from llc_jax import checks, parallel
+from llc_jax import checks
 from llc_jax.hessian import hvp
 from llc_jax.krylov import Plan, tridiagonals
 from llc_jax.lanczos import ritz_values
+from llc_jax.mapping import map_checkpoints
 from llc_jax.spectrum import check_temperature, combine, ends
 from llc_jax.types import Batch, LossFn, Params
 from llc_jax.vectors import Layout
@@ -102,12 +101,11 @@ def curvature_over_checkpoints(
     checks.at_least("num_iterations", num_iterations, 1)
     checks.at_least("num_probes", num_probes, 2, "one has no standard error")
     checks.at_least("probe_batch", probe_batch, 1)
-    checks.at_least("checkpoint_batch", checkpoint_batch, 1)
     pairs = iter(checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints)
     first = next(pairs, None)
     if first is None:
         raise ValueError("checkpoints is empty: give at least one (step, params).")
-    template = checks.params(first[1], first[0])
+    checks.params(first[1], first[0])
     operator = hvp(loss_fn, first[1], data, micro_batch=micro_batch, mask=mask)
     layout = Layout.of(operator.params)
     if num_eigenvalues > layout.size:
@@ -116,55 +114,27 @@ def curvature_over_checkpoints(
         )
     plan = Plan(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
     size = float(layout.num_kept(operator.mask))
-    mesh = parallel.data_mesh(checkpoint_batch)
-    rng_key, operator = jax.device_put(
-        (rng_key, dataclasses.replace(operator, params=None)),
-        jax.sharding.NamedSharding(mesh, P()),
-    )
     settings = {"nbeta": float(nbeta), "localization": float(localization)}
-
-    def chunks():
-        def checked(pair):
-            checks.params(pair[1], pair[0], template)
-            return pair
-
-        rest = itertools.chain([first], map(checked, pairs))
-        while chunk := list(itertools.islice(rest, checkpoint_batch)):
-            yield chunk
-
-    def run() -> Iterator[tuple[int, Curvature]]:
-        lanes = jax.sharding.NamedSharding(mesh, P("batch"))
-        for chunk in chunks():
-            # The last chunk repeats its last checkpoint: same shapes, no second compilation.
-            full = chunk + chunk[-1:] * (checkpoint_batch - len(chunk))
-            steps = np.asarray([step for step, _ in full], np.uint32)
-            stacked = jax.tree.map(
-                lambda *x: np.stack([np.asarray(a) for a in x]), *[p for _, p in full]
-            )
-            steps, stacked = jax.device_put((steps, stacked), lanes)
-            found = jax.device_get(_measure(rng_key, steps, stacked, operator, layout, plan, mesh))
-            for row, (step, _) in enumerate(chunk):
-                deflated, probes = jax.tree.map(lambda x, row=row: x[row], found)
-                yield int(step), _summary(deflated, probes, size, plan, num_eigenvalues, settings)
-
-    return run()
+    found = map_checkpoints(
+        _Runs(layout, plan), itertools.chain([first], pairs), rng_key,
+        dataclasses.replace(operator, params=None), checkpoint_batch=checkpoint_batch,
+    )  # fmt: skip
+    return (
+        (step, _summary(deflated, probes, size, plan, num_eigenvalues, settings))
+        for step, (deflated, probes) in found
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "plan", "mesh"))
-def _measure(rng_key, steps, checkpoints, operator, layout, plan, mesh):
-    """The runs of every checkpoint; each device has its own and never talks to another."""
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    """The Lanczos runs at one checkpoint."""
 
-    def one(rng_key, step, params, operator):
-        at = dataclasses.replace(operator, params=layout.widen(params))
-        return tridiagonals(jax.random.fold_in(rng_key, step), at, layout, plan)
+    layout: Layout
+    plan: Plan
 
-    return jax.shard_map(
-        jax.vmap(one, in_axes=(None, 0, 0, None)),
-        mesh=mesh,
-        in_specs=(P(), P("batch"), P("batch"), P()),
-        out_specs=P("batch"),
-        check_vma=False,  # loop carries start as constants; nothing is ever reduced
-    )(rng_key, steps, checkpoints, operator)
+    def __call__(self, step, params, rng_key, operator):
+        at = dataclasses.replace(operator, params=self.layout.widen(params))
+        return tridiagonals(jax.random.fold_in(rng_key, step), at, self.layout, self.plan)
 
 
 def _summary(deflated, probes, size, plan, num_eigenvalues, settings) -> Curvature:

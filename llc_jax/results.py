@@ -40,6 +40,11 @@ def save_estimate(
     dataset = estimate.to_xarray().assign_attrs(provenance)
     if not dataset.sizes.get("burnin"):
         dataset = dataset.drop_vars("burnin_losses")  # netCDF 3 reads length 0 as "unlimited"
+    save(folder, step, dataset)
+
+
+def save(folder: str | os.PathLike, step: int, dataset: xarray.Dataset) -> None:
+    """Writes what was measured at one checkpoint atomically."""
     dataset = dataset.expand_dims(checkpoint=[np.int32(step)])
     write_atomic(result_path(folder, step), bytes(dataset.to_netcdf(engine=_ENGINE)))
 
@@ -52,10 +57,23 @@ def load_sweep(folder: str | os.PathLike) -> xarray.Dataset:
     Raises:
       ValueError: if there is none, or a file cannot be read.
     """
+    sweep = load(folder, "estimate_llc")
+    if "burnin_losses" not in sweep:
+        empty = np.zeros((sweep.sizes["checkpoint"], sweep.sizes["chain"], 0), np.float32)
+        sweep["burnin_losses"] = (("checkpoint", "chain", "burnin"), empty)
+    return sweep
+
+
+def load(folder: str | os.PathLike, experiment: str) -> xarray.Dataset:
+    """Gathers what `experiments.<experiment>` left in a folder, along a dimension checkpoint.
+
+    Raises:
+      ValueError: if there is nothing, or a file cannot be read.
+    """
     steps = finished_steps(folder)
     if not steps:
         raise ValueError(
-            f"no estimates in {folder}: run experiments.estimate_llc on this workdir first."
+            f"no results in {folder}: run experiments.{experiment} on this workdir first."
         )
     parts = []
     for step in steps:
@@ -65,14 +83,10 @@ def load_sweep(folder: str | os.PathLike) -> xarray.Dataset:
                 parts.append(part.load())
         except Exception as error:
             raise ValueError(
-                f"{path} cannot be read ({error}): delete it and run the estimate again, which"
-                " recomputes only what is missing."
+                f"{path} cannot be read ({error}): delete it and run experiments.{experiment}"
+                " again, which recomputes only what is missing."
             ) from error
-    sweep = xarray.concat(
+    return xarray.concat(
         parts, dim="checkpoint", data_vars="all", coords="minimal", compat="equals",
         join="exact", combine_attrs="drop_conflicts",
     )  # fmt: skip
-    if "burnin_losses" not in sweep:
-        empty = np.zeros((sweep.sizes["checkpoint"], sweep.sizes["chain"], 0), np.float32)
-        sweep["burnin_losses"] = (("checkpoint", "chain", "burnin"), empty)
-    return sweep

@@ -464,7 +464,7 @@ def test_many_checkpoints_compile_once():
     options = {**SWEEP, "localization": 500.0, "checkpoint_batch": 2}
     with compilations() as seen:
         dict(curvature_over_checkpoints(KEY, net_loss, CHECKPOINTS, data, **options))
-    assert sum("_measure" in name for name, _ in seen) == 1
+    assert sum("_apply" in name for name, _ in seen) == 1
     options |= {"nbeta": 7.0, "localization": 600.0}
     more = {step + 1: params for step, params in CHECKPOINTS.items()}
     with compilations() as again:

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "llc_jax"
 LIBRARY = {
     "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
     "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
-    "pilot", "proposal", "spectrum", "vectors", "checks", "parallel", "stages", "smoothing",
+    "mapping", "pilot", "proposal", "spectrum", "vectors", "checks", "parallel", "stages",
+    "smoothing",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.
 HEAVY = {"flax", "orbax", "matplotlib", "xarray", "pandas", "arviz", "tqdm", "ml_collections"}

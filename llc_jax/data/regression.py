@@ -96,6 +96,12 @@ def sample_batch(rng_key: jax.Array, task: RegressionTask, batch_size: int) -> B
     Returns:
       {"x": float32 [B, K, D], "y": float32 [B, K]}.
     """
+    sequences = sample_sequences(rng_key, task, batch_size)
+    return {"x": sequences["x"], "y": sequences["y"]}
+
+
+def sample_sequences(rng_key: jax.Array, task: RegressionTask, batch_size: int) -> Batch:
+    """The same sequences as `sample_batch` with what no model may see: "t", float32 [B, D]."""
     checks.at_least("batch_size", batch_size, 1)
     num_examples, dim = task.num_examples, task.dim
     task_key, normal_key = jax.random.split(rng_key)
@@ -107,7 +113,7 @@ def sample_batch(rng_key: jax.Array, task: RegressionTask, batch_size: int) -> B
     else:
         t_BxD = tasks(task)[jax.random.randint(task_key, (batch_size,), 0, task.num_tasks)]
     y_BxK = jnp.einsum("bkd,bd->bk", x_BxKxD, t_BxD, precision=_EXACT)
-    return {"x": x_BxKxD, "y": y_BxK + task.noise_variance**0.5 * noise_BxK}
+    return {"x": x_BxKxD, "y": y_BxK + task.noise_variance**0.5 * noise_BxK, "t": t_BxD}
 
 
 def to_tokens(batch: Batch) -> jax.Array:
@@ -146,6 +152,27 @@ def ridge_predictions(xs: jax.Array, ys: jax.Array, noise_variance: float | jax.
     factor_BxKxDxD = jnp.linalg.cholesky(gram_BxKxDxD)
     mean_BxKxDx1 = jax.scipy.linalg.cho_solve((factor_BxKxDxD, True), moment_BxKxD[..., None])
     return jnp.einsum("bkd,bkd->bk", xs, mean_BxKxDx1[..., 0], precision=_EXACT)
+
+
+def one_sample_predictions(
+    xs: jax.Array, ys: jax.Array, noise_variance: float | jax.Array
+) -> jax.Array:
+    """Posterior mean of t . x_k given the first pair only, under t ~ N(0, I_D).
+
+    yhat_k = y_1 x_1 . x_k / (|x_1|^2 + sigma^2), at k = 1 too: what a model predicts that has
+    learnt to use one example.
+
+    Args:
+      xs: inputs, float32 [B, K, D].
+      ys: targets, float32 [B, K].
+      noise_variance: sigma^2.
+
+    Returns:
+      Predictions, float32 [B, K].
+    """
+    first_BxD = xs[:, 0]
+    scale_B = ys[:, 0] / (jnp.sum(first_BxD**2, axis=-1) + noise_variance)
+    return jnp.einsum("bkd,bd->bk", xs, first_BxD * scale_B[:, None], precision=_EXACT)
 
 
 def dmmse_predictions(

@@ -1,0 +1,148 @@
+"""Measures what the model does and how it is built, at every checkpoint of a workdir.
+
+    python -m experiments.measure_behavior --preset=quickstart --workdir=runs/quickstart
+
+Losses per example, in-context learning, shrinkage to the mean of the task prior, distance to known
+predictors, sequences out of distribution; attention of every head, embeddings, layer norms. The
+same command starts, continues or does nothing: one file per checkpoint in `behavior/`, and
+`behavior.csv` and `attention.csv` at the end. Two cores: `quickstart` seconds.
+Expected: predictions first shrink to the mean of the prior (zero), then errors of late examples
+fall below those of early ones.
+"""
+
+import dataclasses
+import pathlib
+
+from experiments import cli, estimate_llc, train_regression, workdir
+from experiments.cli import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the measurement."""
+
+    workdir: str = option("runs/quickstart", "Folder of the training run.")
+    preset: str = option("quickstart", "Name of the preset.")
+    seed: int = option(2000, "Seed of the sequences; fresh ones of the training task.")
+    num_sequences: int = option(1024, "Sequences of the training task.")
+    num_far: int = option(256, "Sequences out of distribution, of each kind.")
+    num_attention: int = option(256, "Sequences whose attention is looked at.")
+    checkpoint_batch: int = option(2, "Checkpoints at once, over the devices; bounds memory.")
+
+
+def smoke() -> Config:
+    """Seconds."""
+    return Config(
+        workdir="runs/smoke", preset="smoke", num_sequences=64, num_far=32, num_attention=32
+    )
+
+
+def quickstart() -> Config:
+    """Seconds."""
+    return Config()
+
+
+def small() -> Config:
+    """A minute."""
+    return Config(
+        workdir="runs/small", preset="small", num_sequences=8192, num_far=1024, num_attention=1024
+    )
+
+
+def paper() -> Config:
+    """For the published run: some minutes for 191 checkpoints."""
+    return dataclasses.replace(small(), workdir="runs/paper", preset="paper")
+
+
+PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """Behaviour and structure of one checkpoint, for `llc_jax.mapping.map_checkpoints`."""
+
+    behavior: object
+    structure: object
+
+    def __call__(self, step, params, sequences, few, seen):
+        """Returns both dictionaries in one."""
+        return self.behavior(step, params, sequences, few) | self.structure(step, params, seen)
+
+
+def folder_of(config) -> pathlib.Path:
+    """Returns the folder of the results."""
+    return pathlib.Path(config.workdir) / "behavior"
+
+
+def run(config: Config, phase: str = "behavior") -> None:
+    """Measures what is missing."""
+    import jax
+
+    from llc_jax import checks, results
+    from llc_jax.checkpoints import CheckpointDir
+    from llc_jax.files import write_atomic
+    from llc_jax.mapping import map_checkpoints
+    from llc_jax.metrics import datasets, regression, structure
+
+    for name in ("num_sequences", "num_far", "num_attention"):
+        checks.at_least(name, getattr(config, name), 1)
+    for name in ("num_far", "num_attention"):
+        if getattr(config, name) > config.num_sequences:
+            raise ValueError(
+                f"{name}={getattr(config, name)} is above num_sequences={config.num_sequences},"
+                " of which it takes the first."
+            )
+    folder = folder_of(config)
+    model, task = train_regression.setting(train_regression.load_config(config.workdir))
+    kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
+    with workdir.lock(folder, "behavior"):
+        identity = {k: v for k, v in cli.identity(config).items() if k != "checkpoint_batch"}
+        line = cli.command("measure_behavior", config.preset, config, PRESETS[config.preset])
+        workdir.settle(folder / "config.json", identity, {"command": line})
+        done = set(results.finished_steps(folder))
+        steps = estimate_llc.good_steps(kept, done)
+        if not steps:
+            raise estimate_llc.no_good_step(kept, config.workdir)
+        work = [step for step in steps if step not in done]
+        if not work:
+            cli.say(f"{phase}: all checkpoints are done")
+        else:
+            sequences = jax.jit(regression.evaluation_set, static_argnums=(1, 2))(
+                jax.random.key(config.seed), task, config.num_sequences
+            )
+            few, seen = (
+                {name: x[:count] for name, x in sequences.items()}
+                for count in (config.num_far, config.num_attention)
+            )
+            measured = map_checkpoints(
+                Measure(regression.Behavior(model), structure.Structure(model)),
+                ((step, kept.restore_params(step)) for step in work),
+                sequences, few, {name: seen[name] for name in ("x", "y")},
+                checkpoint_batch=config.checkpoint_batch,
+            )  # fmt: skip
+            names = structure.layer_norm_names(kept.restore_params(work[0]))
+
+            def finish():
+                for count, (step, found) in enumerate(measured, 1):
+                    results.save(folder, step, datasets.dataset(found, regression.GAINS, names))
+                    loss = f" step {step}: loss {found['loss'].mean():.4f}"
+                    yield count, loss, None
+
+            for _ in cli.progress(finish(), phase, len(work), "checkpoints"):
+                pass
+        tables = {
+            "behavior.csv": datasets.behavior_table,
+            "attention.csv": datasets.attention_table,
+        }
+        if work or not all((folder / name).exists() for name in tables):
+            whole = results.load(folder, "measure_behavior")
+            for name, table in tables.items():
+                frame = table(whole)
+                text = frame.to_csv(
+                    index=name == "behavior.csv", float_format="%.7g", lineterminator="\n"
+                )
+                write_atomic(folder / name, text)
+
+
+if __name__ == "__main__":
+    cli.main(PRESETS, run)
