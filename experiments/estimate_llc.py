@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Config(cli.Pod):
     grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
     checkpoint_batch: int = option(1, "Checkpoints in flight at once; bounds memory.")
     chain_batch: int = option(0, "Chains one device runs at once; 0 for all its share.")
+    checkpoints: str = option("", "Training steps to estimate, with commas; empty for all.")
     shard_checkpoints: str = option("0/1", "i/n: do only every n-th chunk, from chunk i.")
 
 
@@ -109,6 +111,23 @@ def todo(steps: list[int], finished: set[int], size: int, shard: tuple[int, int]
     return [step for chunk in mine if not finished.issuperset(chunk) for step in chunk]
 
 
+def identity(config: Config) -> dict[str, Any]:
+    """What determines an estimate: not at which checkpoints there are any."""
+    return {k: v for k, v in cli.identity(config).items() if k != "checkpoints"}
+
+
+def chosen(steps: list[int], text: str) -> list[int]:
+    """Those of the steps that `text` names; all if it names none."""
+    if not text:
+        return steps
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"checkpoints={text!r}: give training steps such as 0,100,2000.")
+    wanted = sorted(set(map(int, text.split(","))))
+    if missing := sorted(set(wanted) - set(steps)):
+        raise ValueError(f"checkpoints={missing}: there are none; there are {steps}.")
+    return wanted
+
+
 def good_steps(kept, done: set[int]) -> list[int]:
     """The checkpoints of a `CheckpointDir` that have a result or whose weights are undamaged."""
     return [s for s in kept.steps() if s in done or not kept.verify(s, ["params"])]
@@ -140,7 +159,7 @@ def run(config: Config, phase: str = "llc") -> None:
 
     from llc_jax import SGLD, estimate_llc_over_checkpoints, parallel
     from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.losses import RegressionLoss
+    from llc_jax.losses import RegressionLoss, RegressionTokenLosses
     from llc_jax.results import finished_steps, save_estimate
 
     folder, shard = results_folder(config), parse_shard(config.shard_checkpoints)
@@ -154,11 +173,12 @@ def run(config: Config, phase: str = "llc") -> None:
         steps = parallel.from_process_zero(np.asarray(steps, np.int32)).tolist()
         if not steps:
             raise no_good_step(kept, config.workdir)
+        steps = chosen(steps, config.checkpoints)
         work = todo(steps, done, config.checkpoint_batch, shard)
         work = parallel.from_process_zero(np.asarray(work, np.int32)).tolist()
         if not work:
             if writer and (folder / "config.json").exists():
-                workdir.settle(folder / "config.json", cli.identity(config), {})
+                workdir.settle(folder / "config.json", identity(config), {})
             cli.say(f"{phase}: all checkpoints of shard {config.shard_checkpoints} are done")
             return
         data, data_hash = data_set(task, config.num_data, config.data_seed)
@@ -170,7 +190,7 @@ def run(config: Config, phase: str = "llc") -> None:
                 ),
                 "data_sha256": data_hash,
             }
-            workdir.settle(folder / "config.json", cli.identity(config), facts)
+            workdir.settle(folder / "config.json", identity(config), facts)
         provenance = {
             "data_sha256": data_hash,
             "train_seed": training.seed,
@@ -194,6 +214,7 @@ def run(config: Config, phase: str = "llc") -> None:
             grad_accum=config.grad_accum,
             checkpoint_batch=config.checkpoint_batch,
             chain_batch=config.chain_batch or None,
+            parts_fn=RegressionTokenLosses(model),
         )
 
         def finish(flag):

@@ -2,20 +2,14 @@
 
     python -m experiments.make_report --workdir=runs/quickstart
 
-Reads what the other experiments left there and computes nothing anew but the smooth curve.
+Reads what the other experiments left there, whichever ran, and computes nothing anew but the
+smooth curve. `make_figures` draws some more, which would overload the page.
 """
 
 import dataclasses
 import pathlib
 
-from experiments import (
-    cli,
-    estimate_llc,
-    find_stages,
-    measure_curvature,
-    train_regression,
-    workdir,
-)
+from experiments import cli, estimate_llc, make_figures, train_regression
 from experiments.cli import option
 
 
@@ -51,85 +45,28 @@ def paper() -> Config:
 PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
 
 
-def baselines(training: train_regression.Config, data) -> dict[str, float]:
-    """Losses of predictors that need no training, on the data set of the estimates."""
-    import jax.numpy as jnp
-
-    from llc_jax.data.regression import dmmse_predictions, ridge_predictions, tasks
-
-    _, task = train_regression.setting(training)
-    x, y = (jnp.asarray(data[name]) for name in ("x", "y"))
-    losses = {
-        "predict zero": task.dim + task.noise_variance,
-        "ridge": float(jnp.mean((ridge_predictions(x, y, task.noise_variance) - y) ** 2)),
-    }
-    if task.num_tasks:
-        predicted = dmmse_predictions(x, y, tasks(task), task.noise_variance)
-        losses["dMMSE"] = float(jnp.mean((predicted - y) ** 2))
-    return losses
-
-
 def run(config: Config, phase: str = "report") -> None:
     """Writes `report.html`, `results.csv` and `figures/*.png`, unless they are up to date."""
-    from llc_jax.files import digest, read_json, write_atomic, write_json
-    from llc_jax.results import finished_steps, result_path
+    from llc_jax.files import read_json, write_atomic, write_json
 
     root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
-    training = train_regression.load_config(config.workdir)
-    records = {
-        "training": root / "train.json",
-        "estimates": folder / "config.json",
-        "stages": folder / "stages.json",
-    }
-    for name, path in records.items():
-        if not path.exists():
-            raise ValueError(f"{path} is missing: run the experiment that makes the {name} first.")
-    curved = measure_curvature.folder_of(config)  # optional: the page does without
-    if (curved / "records.jsonl").exists():
-        records["curvature"] = curved / "config.json"
+    train_regression.load_config(config.workdir)
+    records, inputs = make_figures.records(config), make_figures.inputs(config)
     page = root / "report.html"
     record = folder / "report.json"
-    sources = pathlib.Path(__file__).parents[1] / "llc_jax"
-    inputs = digest(
-        [*records.values(), *curved.glob("records.jsonl"), root / "metrics.jsonl"]
-        + [sources / name for name in ("report.py", "figures.py", "curvature_figures.py")]
-        + [result_path(folder, s) for s in finished_steps(folder)]
-    )
     if page.exists() and record.exists() and read_json(record)["inputs"] == inputs:
         cli.say(f"{phase}: {page} is up to date")
         return
 
-    from llc_jax import curvature_figures, figures, report
-    from llc_jax.results import load_sweep
-    from llc_jax.smoothing import smooth_curve
+    from llc_jax import figures, report
 
     contents = {name: read_json(path) for name, path in records.items()}
-    sweep = load_sweep(folder)
-    metrics = workdir.read_jsonl(root / "metrics.jsonl")
-    sweep_config = contents["estimates"]["config"]
-    _, task = train_regression.setting(training)
-    data, _ = estimate_llc.data_set(task, sweep_config["num_data"], sweep_config["data_seed"])
-    stages = find_stages.load_stages(records["stages"])
-    curve = smooth_curve(
-        sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values,
-        kernel=contents["stages"]["config"]["kernel"],
-    )  # fmt: skip
-    drawn = report.render_figures(
-        sweep,
-        train_steps=[m["step"] for m in metrics],
-        train_losses=[m["loss"] for m in metrics],
-        baselines=baselines(training, data),
-        curve=curve,
-        stages=stages,
-    )
-    if measured := measure_curvature.load(curved):
-        drawn["curvature"] = curvature_figures.curvature_figure(
-            sweep, measured, curve=curve, stages=stages
-        )
+    found = make_figures.load(config)
+    drawn = make_figures.page(found)
     html = report.render(
         title=f"Loss landscape of {root.name}: in-context linear regression",
-        sweep=sweep,
-        stages=stages,
+        sweep=found.sweep,
+        stages=found.stages,
         figures=drawn,
         configs={name: content["config"] for name, content in contents.items()},
         versions=contents["estimates"]["versions"],
@@ -141,7 +78,7 @@ def run(config: Config, phase: str = "report") -> None:
     )
     for name, figure in drawn.items():
         write_atomic(root / "figures" / f"{name}.png", figures.png(figure))
-    write_atomic(root / "results.csv", report.results_csv(sweep))
+    write_atomic(root / "results.csv", report.results_csv(found.sweep))
     write_atomic(page, html)
     write_json(record, {"inputs": inputs})
     cli.say(f"{phase}: wrote {page}, results.csv, figures/*.png")

@@ -125,7 +125,7 @@ def run(config: Config, phase: str = "behavior") -> None:
             def finish():
                 for count, (step, found) in enumerate(measured, 1):
                     results.save(folder, step, datasets.dataset(found, regression.GAINS, names))
-                    loss = f" step {step}: loss {found['loss'].mean():.4f}"
+                    loss = f" step {step}: loss {found['mean_loss']:.4f}"
                     yield count, loss, None
 
             for _ in cli.progress(finish(), phase, len(work), "checkpoints"):

@@ -1,4 +1,4 @@
-"""The whole flow in one command: train, estimate λ̂, measure curvature, find stages, report.
+"""The whole flow in one command: train, estimate λ̂, measure everything else, find stages, report.
 
     python -m experiments.quickstart
 
@@ -14,7 +14,9 @@ from experiments import (
     estimate_llc,
     find_stages,
     make_report,
+    measure_behavior,
     measure_curvature,
+    measure_trajectory,
     train_regression,
 )
 from experiments.cli import option
@@ -23,6 +25,8 @@ PHASES = {
     "train": train_regression,
     "llc": estimate_llc,
     "curvature": measure_curvature,
+    "behavior": measure_behavior,
+    "trajectory": measure_trajectory,
     "stages": find_stages,
     "report": make_report,
 }

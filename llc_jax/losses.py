@@ -24,9 +24,40 @@ class RegressionLoss:
 
     def __call__(self, params: Params, batch: Batch) -> jax.Array:
         """Returns mean_k (yhat_k - y_k)^2 for each sequence, float32 [B]."""
-        return jnp.mean(self.per_token(params, batch), axis=-1)
+        return jnp.mean(RegressionTokenLosses(self.model)(params, batch), axis=-1)
 
-    def per_token(self, params: Params, batch: Batch) -> jax.Array:
+
+@dataclasses.dataclass(frozen=True)
+class RegressionTokenLosses:
+    """Squared error of each prediction: the parts of which `RegressionLoss` is the mean.
+
+    Attributes:
+      model: the transformer whose parameters are passed in.
+    """
+
+    model: regression.RegressionTransformer
+
+    def __call__(self, params: Params, batch: Batch) -> jax.Array:
         """Returns (yhat_k - y_k)^2 of each position, float32 [B, K], in units of y squared."""
         errors_BxK = regression.predictions(self.model, params, batch) - batch["y"]
         return errors_BxK.astype(jnp.float32) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionPrefixLoss:
+    """Mean over prefixes of the sequence of the squared error averaged over the prefix.
+
+    Its weight of position k is (1/K) Σ_{p >= k} 1/p: early predictions count more. The expectation
+    of the "subsequence" loss of arXiv 2402.02364, whose prefixes have random lengths 1 to K.
+
+    Attributes:
+      model: the transformer whose parameters are passed in.
+    """
+
+    model: regression.RegressionTransformer
+
+    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns the loss of each sequence, float32 [B]."""
+        losses_BxK = RegressionTokenLosses(self.model)(params, batch)
+        lengths_K = jnp.arange(1, losses_BxK.shape[1] + 1, dtype=jnp.float32)
+        return jnp.mean(jnp.cumsum(losses_BxK, axis=1) / lengths_K[None], axis=1)

@@ -57,7 +57,14 @@ _HOW_TO_READ = (
     "R-hat near 1 and many effective draws (ESS) say that the chains agree and mix. The acceptance"
     " is that of a Metropolis test of the same steps; it is low if they are too large.",
 )
-_HEADINGS = {"traces": "Chains", "curvature": "Curvature"}
+_HEADINGS = {
+    "traces": "Chains",
+    "tokens": "λ̂ of every token",
+    "curvature": "Curvature",
+    "behavior": "Behaviour",
+    "structure": "Structure",
+    "trajectory": "Path in function space",
+}
 _CAPTIONS = {
     "overview": "Above, the training loss; below, λ̂ at each checkpoint with its standard error"
     " and a smooth curve through the points. Stages are shaded: blue rises, orange falls, grey is"
@@ -67,6 +74,19 @@ _CAPTIONS = {
     " draw (thin) and its moving average (thick); chains that have settled are level after the"
     " burn-in and lie on top of each other. Below, what each chain's λ̂ would have been, had it"
     " stopped there.",
+    "tokens": "λ̂ of the loss at each example, from the same chains; their mean is that of the whole"
+    " loss.",
+    "behavior": "What the model does. Loss at each example, with that of the optimal predictor"
+    " (ridge) dotted; the mean square of the predictions, small where the model predicts the mean"
+    " of the task prior, zero; their distance to those of ridge; and how much lower the loss at the"
+    " last example is than at the first, for sequences as trained and for larger inputs.",
+    "structure": "How the model is built: norm of all weights; channels that the layer norms have"
+    " switched off; shares of the singular values of both embeddings, squared; how much of the"
+    " token embedding lies in the span of the position embeddings; and the map from the last layer"
+    " norm to the prediction.",
+    "trajectory": "The predictions on fixed sequences, projected on their principal components"
+    " over the run. Circles touch the path; the thin line through their centres is its evolute."
+    " Below, the components over training.",
     "curvature": "Curvature at the checkpoints themselves, under λ̂ and its stages. What λ̂ would"
     " be if the loss were its quadratic form around the checkpoint, at the same nbeta and"
     " localization: where the two differ, second order misses something. Below, trace and"

@@ -13,7 +13,7 @@ from llc_jax.data.regression import (
     ridge_predictions,
     sample_batch,
 )
-from llc_jax.losses import RegressionLoss
+from llc_jax.losses import RegressionTokenLosses
 from llc_jax.mapping import map_checkpoints
 from llc_jax.metrics import datasets, regression, structure
 from llc_jax.models.regression import RegressionTransformer, init_params, predictions
@@ -66,7 +66,7 @@ def test_a_model_that_predicts_zero_has_known_values(params, sequences):
 
 def test_losses_are_those_of_the_training_loss(params, sequences):
     found = measured(params, sequences)
-    exact = RegressionLoss(MODEL).per_token(params, sequences).mean(axis=0)
+    exact = RegressionTokenLosses(MODEL)(params, sequences).mean(axis=0)
     np.testing.assert_allclose(found["loss"], exact, rtol=1e-5)
     guess = np.asarray(predictions(MODEL, params, sequences), np.float64)
     gap = ((guess - np.asarray(sequences["ridge"])) ** 2).mean(axis=0)
@@ -118,15 +118,22 @@ def test_a_finite_prior_adds_its_optimal_predictor(params):
     np.testing.assert_allclose(alone["dmmse"], clean, atol=1e-5)
 
 
-def test_scores_of_learning_in_context_by_hand():
-    loss = np.array([[4.0, 3.0, 2.5, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.5]])
-    found = regression.icl_scores(loss)
-    np.testing.assert_array_equal(found["icl_5_1"], [-3.0, 0.5])
-    np.testing.assert_array_equal(found["icl_4_1"], [-2.0, 0.0])
-    np.testing.assert_array_equal(found["icl_5_4"], [-1.0, 0.5])
-    assert set(regression.icl_scores(loss[:, :4])) == {"icl_4_1", "icl_4_4"}
-    with pytest.raises(ValueError, match="3 tokens"):
-        regression.icl_scores(loss[:, :3])
+def test_scores_of_learning_in_context(params, sequences):
+    assert regression.icl_pairs(8) == [(7, 0), (3, 0), (7, 3)]
+    assert regression.icl_pairs(2) == [(1, 0), (1, 0), (1, 1)]
+    found = measured(params, sequences)
+    loss = np.asarray(found["loss"], np.float64)
+    np.testing.assert_allclose(found["icl"], [loss[3] - loss[0]] * 2 + [0.0], atol=1e-5)
+    assert found["mean_loss"] == pytest.approx(loss.mean(), rel=1e-5)
+
+
+def test_standard_errors_are_those_of_the_mean(params, sequences):
+    found = measured(params, sequences)
+    each = np.asarray(RegressionTokenLosses(MODEL)(params, sequences), np.float64)
+    np.testing.assert_allclose(found["loss_stderr"], each.std(axis=0) / math.sqrt(48), rtol=1e-4)
+    spread = (each[:, 3] - each[:, 0]).std() / math.sqrt(48)
+    assert found["icl_stderr"][0] == pytest.approx(spread, rel=1e-4)
+    assert found["far_inputs_loss_stderr"].shape == (2, 4)
 
 
 # --- attention --------------------------------------------------------------------------------
@@ -304,7 +311,8 @@ def test_tables_name_every_number(params, sequences):
     table = datasets.behavior_table(both)
     assert list(table.index) == [0, 10]
     assert table.loc[10, "loss_3"] == pytest.approx(float(found["loss"][2]), rel=1e-6)
-    assert table.loc[0, "loss"] == pytest.approx(float(found["loss"].mean()), rel=1e-6)
+    assert table.loc[0, "mean_loss"] == pytest.approx(float(found["mean_loss"]), rel=1e-6)
+    assert table.loc[0, "loss_2_stderr"] == pytest.approx(float(found["loss_stderr"][1]), rel=1e-6)
     assert table.loc[0, "far_inputs_loss_g10_2"] == pytest.approx(
         float(found["far_inputs_loss"][1, 1]), rel=1e-6
     )

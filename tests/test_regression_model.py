@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llc_jax.data.regression import RegressionTask, sample_batch, to_tokens
-from llc_jax.losses import RegressionLoss
+from llc_jax.losses import RegressionLoss, RegressionTokenLosses
 from llc_jax.models import regression
 from llc_jax.models.regression import RegressionTransformer, init_params
 
@@ -203,7 +203,7 @@ def test_weights_that_no_prediction_uses_have_zero_gradient(params, batch):
 
 
 def test_loss_is_the_mean_squared_error_over_positions(params, batch):
-    loss, per_token = (jax.jit(f) for f in (RegressionLoss(MODEL), RegressionLoss(MODEL).per_token))
+    loss, per_token = (jax.jit(f) for f in (RegressionLoss(MODEL), RegressionTokenLosses(MODEL)))
     errors = np.float64(predictions(MODEL, params, batch)) - np.float64(batch["y"])
     np.testing.assert_allclose(per_token(params, batch), errors**2, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(loss(params, batch), (errors**2).mean(1), rtol=1e-5)

@@ -5,11 +5,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray
 
-from llc_jax.metrics.regression import icl_scores
+from llc_jax.metrics.regression import icl_pairs
 
-_BEHAVIOR = dict.fromkeys(
-    ("loss", "prediction_square", "to_ridge", "to_one_sample", "to_dmmse"), ("token",)
-) | dict.fromkeys(("far_inputs_loss", "far_tasks_loss"), ("gain", "token"))
+_BEHAVIOR = {
+    "mean_loss": (),
+    "icl": ("pair",),
+    "far_inputs_loss": ("gain", "token"),
+    "far_tasks_loss": ("gain", "token"),
+    **dict.fromkeys(
+        ("loss", "prediction_square", "to_ridge", "to_one_sample", "to_dmmse"), ("token",)
+    ),
+}
 _STRUCTURE = {
     "token_singular_values": ("token_value",),
     "position_singular_values": ("position_value",),
@@ -28,7 +34,8 @@ def dataset(
 ) -> xarray.Dataset:
     """Returns what `metrics.regression.Behavior` and `metrics.structure.Structure` measured.
 
-    Dimensions token (1 to K), gain, layer, head, position (token attended from), norm, channel.
+    Dimensions token (1 to K), pair (such as 8_1), gain, layer, head, position (token attended
+    from), norm, channel.
 
     Args:
       measured: the dictionaries of both, merged.
@@ -38,10 +45,12 @@ def dataset(
     variables = {}
     for name, value in measured.items():
         attention = name.startswith("attention_")
-        dims = ("layer", "head", "position") if attention else (_BEHAVIOR | _STRUCTURE)[name]
+        base = name.removesuffix("_stderr")
+        dims = ("layer", "head", "position") if attention else (_BEHAVIOR | _STRUCTURE)[base]
         variables[name] = (dims, np.asarray(value, np.float32))
     found = xarray.Dataset(variables, coords={"gain": list(gains), "norm": list(norms)})
-    return found.assign_coords(token=np.arange(1, found.sizes["token"] + 1))
+    pairs = [f"{late + 1}_{early + 1}" for late, early in icl_pairs(found.sizes["token"])]
+    return found.assign_coords(token=np.arange(1, found.sizes["token"] + 1), pair=pairs)
 
 
 def behavior_table(found: xarray.Dataset):
@@ -56,14 +65,14 @@ def behavior_table(found: xarray.Dataset):
     """
     import pandas
 
-    columns = {"loss": found.loss.mean("token").values}
-    columns |= icl_scores(found.loss.values)
+    columns = {}
     for name, variable in found.data_vars.items():
         if {"layer", "channel"} & set(variable.dims):
             continue
         rest = variable.dims[1:]
         for index in np.ndindex(variable.shape[1:]):
-            column = "_".join([str(name), *map(_label(found), rest, index)])
+            base, error = str(name).removesuffix("_stderr"), str(name).endswith("_stderr")
+            column = "_".join([base, *map(_label(found), rest, index)]) + "_stderr" * error
             columns[column] = variable.values[(slice(None), *index)]
     frame = pandas.DataFrame(columns, index=found.checkpoint.values)
     return frame.rename_axis("step")
@@ -93,6 +102,8 @@ def attention_table(found: xarray.Dataset):
 
 def _label(found: xarray.Dataset):
     def label(dim, index):
+        if dim == "pair":
+            return str(found.pair.values[index])
         if dim == "gain":
             return f"g{found.gain.values[index]:g}"
         if dim == "norm":

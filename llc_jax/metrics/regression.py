@@ -1,15 +1,15 @@
 """What a transformer for in-context linear regression does: losses, shrinkage, known predictors.
 
 Source: Hoogland et al. 2024, arXiv 2402.02364, sections on behaviour. Letters: B sequences, K
-examples, D input dimensions, G gains. Every number is a mean over sequences.
+examples, D input dimensions, G gains. Every number is a mean over sequences and comes with its
+standard error. All checkpoints see the same sequences, so curves are smoother than these errors
+and shift as a whole with other sequences.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llc_jax.data import regression as data
 from llc_jax.models.regression import RegressionTransformer, predictions
@@ -67,8 +67,10 @@ class Behavior:
           few: likewise, for the sequences out of distribution.
 
         Returns:
-          Means over sequences, in units of y squared:
-          loss [K]: squared error.
+          Means over sequences, in units of y squared, each with a `<name>_stderr`:
+          loss [K]: squared error; mean_loss: that of the whole sequence.
+          icl [3]: loss at one example minus that at an earlier one, see `icl_pairs`: negative if
+            the model learns in context.
           prediction_square [K]: yhat squared; 0 for a model that predicts zero, the mean of the
             task prior.
           to_ridge, to_one_sample and, if there is one, to_dmmse [K]: squared distance to these.
@@ -83,9 +85,17 @@ class Behavior:
                 for name in ("ridge", "one_sample", "dmmse")
                 if name in batch
             }
+            loss = (guess - batch["y"]) ** 2
             return {
-                "loss": (guess - batch["y"]) ** 2, "prediction_square": guess**2, **distances,
-            }  # fmt: skip
+                "loss": loss,
+                "mean_loss": loss.mean(axis=-1),
+                "icl": jnp.stack(
+                    [loss[:, late] - loss[:, early] for late, early in icl_pairs(loss.shape[-1])],
+                    axis=-1,
+                ),
+                "prediction_square": guess**2,
+                **distances,
+            }
 
         def far(gain):
             def measured(batch):
@@ -104,32 +114,38 @@ class Behavior:
         return mean_over_sequences(measured, sequences) | jax.lax.map(far, jnp.array(self.gains))
 
 
-def icl_scores(loss: np.ndarray) -> dict[str, np.ndarray]:
-    """How much later examples of a sequence are easier, negative if they are.
+def icl_pairs(num_examples: int) -> list[tuple[int, int]]:
+    """Examples (late, early) whose losses are compared, from 0: last - 1st, 4th - 1st, last - 4th.
+
+    With fewer than four examples the second takes the fourth's place.
+    """
+    last, middle = num_examples - 1, 3 if num_examples >= 4 else min(1, num_examples - 1)
+    return [(last, 0), (middle, 0), (last, middle)]
+
+
+def mean_over_sequences(function, batch: Batch) -> dict[str, jax.Array]:
+    """Means of `function(batch)` over sequences and their standard errors.
 
     Args:
-      loss: [..., K] per token, K >= 4.
+      function: batch -> {name: values with a leading axis of sequences}.
+      batch: of B sequences, of which at most `MAX_CHUNK` are in memory at once.
 
     Returns:
-      {"icl_K_1", "icl_4_1", "icl_K_4"}: loss of the later example minus that of the earlier, [...],
-      with K as a number.
+      {name: mean, name_stderr: sqrt(variance / B)}.
     """
-    last = loss.shape[-1]
-    if last < 4:
-        raise ValueError(f"loss has {last} tokens: the scores compare the first, fourth and last.")
-    pairs = dict.fromkeys([(last, 1), (4, 1), (last, 4)])
-    return {
-        f"icl_{late}_{early}": loss[..., late - 1] - loss[..., early - 1] for late, early in pairs
-    }
-
-
-def mean_over_sequences(function, batch: Batch) -> Any:
-    """Mean of `function(batch)` over its leading axis, at most `MAX_CHUNK` sequences at a time."""
     size = jax.tree.leaves(batch)[0].shape[0]
     chunk = max(n for n in range(1, min(size, MAX_CHUNK) + 1) if size % n == 0)
     parts = jax.tree.map(lambda x: x.reshape(size // chunk, chunk, *x.shape[1:]), batch)
-    sums = jax.lax.map(lambda part: jax.tree.map(_mean, function(part)), parts)
-    return jax.tree.map(_mean, sums)
+
+    def moments(part):
+        return {name: (_mean(x), _mean(x**2)) for name, x in function(part).items()}
+
+    found = {}
+    for name, sums in jax.lax.map(moments, parts).items():
+        mean, square = map(_mean, sums)
+        found[name] = mean
+        found[f"{name}_stderr"] = jnp.sqrt(jnp.maximum(square - mean**2, 0.0) / size)
+    return found
 
 
 def _mean(x: jax.Array) -> jax.Array:

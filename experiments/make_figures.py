@@ -1,0 +1,242 @@
+"""Draws every figure of a workdir into `figures/`, from what the other experiments left there.
+
+    python -m experiments.make_figures --workdir=runs/quickstart
+
+Loss and λ̂ over training, λ̂ of every token, chains, slopes; and where there are results for them,
+curvature, behaviour, structure, attention of every head, layer norms, the path in function space.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import (
+    cli,
+    estimate_llc,
+    find_stages,
+    measure_behavior,
+    measure_curvature,
+    measure_trajectory,
+    train_regression,
+    workdir,
+)
+from experiments.cli import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the figures."""
+
+    workdir: str = option("runs/quickstart", "Folder of the training run.")
+    preset: str = option("quickstart", "Name of the preset.")
+    name: str = option("llc", "Folder of the estimates within the workdir.")
+
+
+PRESETS = {
+    name: Config(workdir=training.workdir, preset=name)
+    for name, training in train_regression.PRESETS.items()
+}
+
+
+class Material(NamedTuple):
+    """What there is to draw; the last three are None where nothing was measured.
+
+    Attributes:
+      metrics: lines of the training log.
+      baselines: name -> loss of simple predictors.
+      sweep: estimates, `results.load_sweep`.
+      curve: `SmoothedCurve` of λ̂.
+      stages: of `llc_jax.find_stages`.
+      kernel: of the curve.
+      curvature: step -> `llc_jax.Curvature`, empty if there is none.
+      behavior: `xarray.Dataset`.
+      ridge_loss: [K] loss of ridge at each example.
+      trajectory: of `measure_trajectory.load`.
+    """
+
+    metrics: list[dict[str, float]]
+    baselines: dict[str, float]
+    sweep: Any
+    curve: Any
+    stages: list
+    kernel: str
+    curvature: dict
+    behavior: Any
+    ridge_loss: np.ndarray | None
+    trajectory: Any
+
+
+def records(config) -> dict[str, pathlib.Path]:
+    """The record of every experiment that this workdir has results of; the first three it must.
+
+    Raises:
+      ValueError: if one of these is missing.
+    """
+    root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
+    needed = {
+        "training": root / "train.json",
+        "estimates": folder / "config.json",
+        "stages": folder / "stages.json",
+    }
+    for name, path in needed.items():
+        if not path.exists():
+            raise ValueError(f"{path} is missing: run the experiment that makes the {name} first.")
+    optional = {
+        "curvature": (measure_curvature.folder_of(config), "records.jsonl", "config.json"),
+        "behavior": (measure_behavior.folder_of(config), "behavior.csv", "config.json"),
+        "trajectory": (measure_trajectory.folder_of(config), "trajectory.csv", "trajectory.json"),
+    }
+    return needed | {
+        name: where / record
+        for name, (where, result, record) in optional.items()
+        if (where / result).exists()
+    }
+
+
+def inputs(config) -> str:
+    """Digest of everything that figures are made of, the code that draws them included."""
+    from llc_jax.files import digest
+    from llc_jax.results import finished_steps, result_path
+
+    root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
+    found = records(config)
+    sources = pathlib.Path(__file__).parents[1] / "llc_jax"
+    behavior, trajectory = measure_behavior.folder_of(config), measure_trajectory.folder_of(config)
+    return digest(
+        [*found.values(), root / "metrics.jsonl", sources / "report.py"]
+        + sorted(sources.glob("*figures.py"))
+        + [*measure_curvature.folder_of(config).glob("records.jsonl")]
+        + [*behavior.glob("behavior.csv"), *trajectory.glob("trajectory.csv")]
+        + [result_path(folder, s) for s in finished_steps(folder)]
+    )
+
+
+def load(config) -> Material:
+    """Reads everything."""
+    from llc_jax import results
+    from llc_jax.files import read_json
+    from llc_jax.smoothing import smooth_curve
+
+    found, folder = records(config), estimate_llc.results_folder(config)
+    training = train_regression.load_config(config.workdir)
+    sampled, staged = (read_json(found[name]) for name in ("estimates", "stages"))
+    sweep = results.load_sweep(folder)
+    kernel = staged["config"]["kernel"]
+    curve = smooth_curve(
+        sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values, kernel=kernel
+    )
+    _, task = train_regression.setting(training)
+    data, _ = estimate_llc.data_set(
+        task, sampled["config"]["num_data"], sampled["config"]["data_seed"]
+    )
+    behavior = trajectory = ridge_loss = None
+    if "behavior" in found:
+        behavior = results.load(measure_behavior.folder_of(config), "measure_behavior")
+        ridge_loss = known_losses(task, data)["ridge"]
+    if "trajectory" in found:
+        trajectory = measure_trajectory.load(measure_trajectory.folder_of(config))
+    return Material(
+        metrics=workdir.read_jsonl(pathlib.Path(config.workdir) / "metrics.jsonl"),
+        baselines={name: float(np.mean(x)) for name, x in known_losses(task, data).items()},
+        sweep=sweep,
+        curve=curve,
+        stages=find_stages.load_stages(found["stages"]),
+        kernel=kernel,
+        curvature=measure_curvature.load(measure_curvature.folder_of(config)),
+        behavior=behavior,
+        ridge_loss=ridge_loss,
+        trajectory=trajectory,
+    )
+
+
+def known_losses(task, data) -> dict[str, np.ndarray]:
+    """Losses [K] of predictors that need no training: at zero exact, else on a data set."""
+    import jax.numpy as jnp
+
+    from llc_jax.data.regression import dmmse_predictions, ridge_predictions, tasks
+
+    x, y = (jnp.asarray(data[name]) for name in ("x", "y"))
+    known = {"ridge": ridge_predictions(x, y, task.noise_variance)}
+    if task.num_tasks:
+        known["dMMSE"] = dmmse_predictions(x, y, tasks(task), task.noise_variance)
+    zero = np.full(task.num_examples, task.dim + task.noise_variance)
+    return {"predict zero": zero} | {
+        name: np.asarray(jnp.mean((guess - y) ** 2, axis=0)) for name, guess in known.items()
+    }
+
+
+def page(found: Material) -> dict[str, Any]:
+    """The figures of the report, in its order."""
+    from llc_jax import behavior_figures, report, structure_figures
+    from llc_jax.curvature_figures import curvature_figure
+    from llc_jax.trajectory_figures import trajectory_figure
+
+    drawn = report.render_figures(
+        found.sweep,
+        train_steps=[m["step"] for m in found.metrics],
+        train_losses=[m["loss"] for m in found.metrics],
+        baselines=found.baselines,
+        curve=found.curve,
+        stages=found.stages,
+    )
+    if "parts" in found.sweep:
+        drawn["tokens"] = behavior_figures.tokens_figure(found.sweep, stages=found.stages)
+    if found.curvature:
+        drawn["curvature"] = curvature_figure(
+            found.sweep, found.curvature, curve=found.curve, stages=found.stages
+        )
+    if found.behavior is not None:
+        drawn["behavior"] = behavior_figures.behavior_figure(
+            found.behavior, ridge_loss=found.ridge_loss, stages=found.stages
+        )
+        drawn["structure"] = structure_figures.structure_figure(found.behavior, stages=found.stages)
+    if found.trajectory is not None:
+        steps, pca, names = found.trajectory
+        drawn["trajectory"] = trajectory_figure(steps, pca, stages=found.stages, references=names)
+    return drawn
+
+
+def more(found: Material) -> dict[str, Any]:
+    """The figures that would overload the report."""
+    from llc_jax import behavior_figures, structure_figures
+    from llc_jax.smoothing import smooth_curve
+
+    sweep = found.sweep
+    curves = {"λ̂": (sweep.checkpoint.values, sweep.llc.values, found.curve)}
+    if found.behavior is None:
+        return {"slopes": behavior_figures.slopes_figure(curves, stages=found.stages)}
+    steps = found.behavior.checkpoint.values
+    for name, values in (
+        ("loss", found.behavior.loss.mean("token").values),
+        ("weight norm", found.behavior.weight_norm.values),
+    ):
+        if steps.size >= 4:
+            curves[name] = (steps, values, smooth_curve(steps, values, kernel=found.kernel))
+    drawn = {
+        "slopes": behavior_figures.slopes_figure(curves, stages=found.stages),
+        "norms": structure_figures.norms_figure(found.behavior, stages=found.stages),
+    }
+    for name in structure_figures.ATTENTION:
+        drawn[f"attention_{name}"] = structure_figures.attention_figure(
+            found.behavior, name, stages=found.stages
+        )
+    return drawn
+
+
+def run(config: Config, phase: str = "figures") -> None:
+    """Writes `figures/*.png`."""
+    from llc_jax.figures import png
+    from llc_jax.files import write_atomic
+
+    folder = pathlib.Path(config.workdir) / "figures"
+    found = load(config)
+    drawn = page(found) | more(found)
+    for name, figure in drawn.items():
+        write_atomic(folder / f"{name}.png", png(figure))
+    cli.say(f"{phase}: wrote {len(drawn)} figures to {folder}")
+
+
+if __name__ == "__main__":
+    cli.main(PRESETS, run)

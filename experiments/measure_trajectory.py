@@ -1,0 +1,164 @@
+"""Follows a training run through function space: principal components of its outputs.
+
+    python -m experiments.measure_trajectory --preset=quickstart --workdir=runs/quickstart
+
+Rows are checkpoints, columns the predictions on fixed sequences; known predictors are projected
+into the same space. With `--also=runs/other,runs/third` the components are those of all runs
+together. Writes `trajectory/trajectory.csv` and `trajectory.json`, unless they are up to date.
+Expected: few components carry nearly everything, and the path turns where stages meet.
+"""
+
+import csv
+import dataclasses
+import io
+import pathlib
+
+import numpy as np
+
+from experiments import cli, estimate_llc, train_regression, workdir
+from experiments.cli import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the analysis."""
+
+    workdir: str = option("runs/quickstart", "Folder of the training run.")
+    preset: str = option("quickstart", "Name of the preset.")
+    also: str = option("", "Further workdirs of the same task, separated by commas.")
+    seed: int = option(3000, "Seed of the sequences; fresh ones of the training task.")
+    num_sequences: int = option(128, "Sequences.")
+    all_outputs: bool = option(False, "All outputs, as published, not the predictions alone.")
+    num_components: int = option(3, "Principal components.")
+    block: int = option(128, "Sequences at once; bounds memory.")
+    checkpoint_batch: int = option(2, "Checkpoints at once, over the devices; bounds memory.")
+
+
+def smoke() -> Config:
+    """Seconds."""
+    return Config(workdir="runs/smoke", preset="smoke", num_sequences=16)
+
+
+def quickstart() -> Config:
+    """Seconds."""
+    return Config()
+
+
+def small() -> Config:
+    """A minute."""
+    return Config(workdir="runs/small", preset="small", num_sequences=1024)
+
+
+def paper() -> Config:
+    """As published: 81,920 outputs of 191 checkpoints."""
+    return Config(workdir="runs/paper", preset="paper", num_sequences=10_240, block=512)
+
+
+PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+MEMORY = ("block", "checkpoint_batch")
+
+
+def folder_of(config) -> pathlib.Path:
+    """Returns the folder of the results."""
+    return pathlib.Path(config.workdir) / "trajectory"
+
+
+def run(config: Config, phase: str = "trajectory") -> None:
+    """Analyses all checkpoints there are, unless that has been done."""
+    import jax
+
+    from llc_jax import checks
+    from llc_jax.checkpoints import CheckpointDir
+    from llc_jax.files import read_json, write_atomic, write_json
+    from llc_jax.metrics.outputs import Outputs, output_blocks
+    from llc_jax.metrics.regression import evaluation_set
+    from llc_jax.metrics.trajectory import functional_pca
+
+    for name in ("num_sequences", "num_components", "block", "checkpoint_batch"):
+        checks.at_least(name, getattr(config, name), 1)
+    folder = folder_of(config)
+    runs = [config.workdir, *filter(None, config.also.split(","))]
+    model, task = train_regression.setting(train_regression.load_config(config.workdir))
+    for other in runs[1:]:
+        if train_regression.setting(train_regression.load_config(other)) != (model, task):
+            raise ValueError(f"also={other}: trained on another task or model; give equal ones.")
+    with workdir.lock(folder, "trajectory"):
+        kept = [CheckpointDir(pathlib.Path(name) / "checkpoints") for name in runs]
+        steps = [estimate_llc.good_steps(k, set()) for k in kept]
+        if not all(steps):
+            raise estimate_llc.no_good_step(kept[0], config.workdir)
+        identity = {k: v for k, v in cli.identity(config).items() if k not in MEMORY}
+        path, inputs = folder / "trajectory.json", {"config": identity, "steps": steps}
+        if path.exists() and inputs.items() <= read_json(path).items():
+            cli.say(f"{phase}: up to date in {path}")
+            return
+        sequences = jax.device_get(
+            jax.jit(evaluation_set, static_argnums=(1, 2))(
+                jax.random.key(config.seed), task, config.num_sequences
+            )
+        )
+        names = ["zero", "ridge", *(["dmmse"] if task.num_tasks else [])]
+        names = [] if config.all_outputs else names
+        checkpoints = [(s, k.restore_params(s)) for k, of in zip(kept, steps, strict=True)
+                       for s in of]  # fmt: skip
+        blocks = output_blocks(
+            Outputs(model, config.all_outputs), checkpoints, sequences, names, block=config.block,
+            checkpoint_batch=config.checkpoint_batch,
+        )  # fmt: skip
+        count = -(-config.num_sequences // config.block)
+
+        def counted():
+            for number, found in enumerate(blocks, 1):
+                yield number, "", found
+
+        pca = functional_pca(
+            cli.progress(counted(), phase, count, "blocks"),
+            config.num_components, len(checkpoints),
+        )  # fmt: skip
+        rows = [(name, step) for name, of in zip(runs, steps, strict=True) for step in of]
+        write_atomic(folder / "trajectory.csv", table(rows, names, pca.scores))
+        write_json(path, {
+            **inputs,
+            "command": cli.command(
+                "measure_trajectory", config.preset, config, PRESETS[config.preset]
+            ),
+            "versions": workdir.versions(),
+            "explained": pca.explained.tolist(),
+            "references": names,
+        })  # fmt: skip
+    shares = ", ".join(f"{share:.1%}" for share in pca.explained)
+    cli.say(f"{phase}: components carry {shares} of the variance; wrote {folder}/trajectory.csv")
+
+
+def table(rows, names, scores: np.ndarray) -> str:
+    """One line per checkpoint, then one per known predictor."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "step", *(f"pc{i + 1}" for i in range(scores.shape[1]))])
+    for (name, step), score in zip(rows, scores, strict=False):
+        writer.writerow([name, step, *score.tolist()])
+    for name, score in zip(names, scores[len(rows) :], strict=True):
+        writer.writerow([name, "", *score.tolist()])
+    return out.getvalue()
+
+
+def load(folder: pathlib.Path):
+    """Reads one run's results back.
+
+    Returns:
+      (steps [N], `metrics.trajectory.PCA` of the first run and the references, names of these).
+    """
+    from llc_jax.files import read_json
+    from llc_jax.metrics.trajectory import PCA
+
+    content = read_json(folder / "trajectory.json")
+    with open(folder / "trajectory.csv", encoding="utf-8") as file:
+        scores = np.array([row[2:] for row in csv.reader(file)][1:], float)
+    steps, total = np.array(content["steps"][0]), sum(map(len, content["steps"]))
+    mine = np.concatenate([scores[: steps.size], scores[total:]])
+    pca = PCA(scores=mine, explained=np.array(content["explained"]), num_fitted=steps.size)
+    return steps, pca, content["references"]
+
+
+if __name__ == "__main__":
+    cli.main(PRESETS, run)

@@ -1,0 +1,150 @@
+"""What the regression transformer does over training, under the stages of the LLC."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from llc_jax import figures
+
+
+def behavior_figure(found, *, ridge_loss: ArrayLike | None = None, stages: Sequence = ()) -> Figure:
+    """Draws losses, shrinkage, distance to ridge and learning in context.
+
+    Args:
+      found: `xarray.Dataset` of `metrics.datasets.dataset` with a leading dimension checkpoint.
+      ridge_loss: [K] loss of the optimal predictor at each example, dotted; or None.
+      stages: of `llc_jax.find_stages`; may be empty.
+    """
+    figure = figures.InlineFigure(figsize=(9.6, 11), layout="constrained")
+    axes = figure.subplots(4, sharex=True)
+    steps = found.checkpoint.values
+    per_token(axes[0], steps, found.loss.values, floors=ridge_loss)
+    axes[0].set_ylabel("loss at\nexample k")
+    per_token(axes[1], steps, found.prediction_square.values)
+    axes[1].set(ylabel="mean squared\nprediction", yscale="log")
+    per_token(axes[2], steps, found.to_ridge.values)
+    axes[2].set(ylabel="squared distance\nto ridge", yscale="log")
+    icl_over_steps(axes[3], found)
+    finish(figure, axes, steps, stages)
+    return figure
+
+
+def tokens_figure(sweep, *, stages: Sequence = ()) -> Figure:
+    """Draws λ̂ of the loss at each example, from the chains of the whole loss.
+
+    Args:
+      sweep: `xarray.Dataset` of `LLCEstimate.to_xarray` with a leading dimension checkpoint and
+        the variables `parts` and `parts_stderr`.
+      stages: of `llc_jax.find_stages`; may be empty.
+    """
+    figure = figures.InlineFigure(figsize=(9.6, 4.2), layout="constrained")
+    ax = figure.subplots()
+    steps = sweep.checkpoint.values
+    per_token(ax, steps, sweep.parts.values, errors=sweep.parts_stderr.values)
+    ax.plot(steps, sweep.llc.values, color=figures.INK, lw=1.5, ls="--", label="whole loss")
+    ax.set_ylabel(f"{figures.LLC} of the\nloss at example k")
+    finish(figure, [ax], steps, stages)
+    return figure
+
+
+def slopes_figure(curves, *, stages: Sequence = ()) -> Figure:
+    """Draws curves and their slopes, on which boundaries are zeros.
+
+    Args:
+      curves: name -> (steps [N], values [N], `SmoothedCurve`).
+      stages: of `llc_jax.find_stages`; may be empty.
+    """
+    figure = figures.InlineFigure(figsize=(4.2 * len(curves), 6), layout="constrained")
+    axes = figure.subplots(2, len(curves), sharex=True, squeeze=False)
+    for (top, bottom), (name, (steps, values, curve)) in zip(axes.T, curves.items(), strict=True):
+        top.plot(steps, values, "o", ms=3, color=figures.BLUE, label="checkpoints")
+        top.plot(curve.steps, curve.mean, color=figures.BLUE, lw=1.3, label="smooth curve")
+        top.set_title(name, size=11)
+        bottom.plot(curve.steps, curve.slope, color=figures.PURPLE, lw=1.3, label="slope ± 1 s.d.")
+        bottom.fill_between(
+            curve.steps, curve.slope - curve.slope_std, curve.slope + curve.slope_std,
+            color=figures.PURPLE, alpha=0.2, lw=0,
+        )  # fmt: skip
+        bottom.axhline(0.0, color="0.5", lw=0.8)
+        for ax in (top, bottom):
+            _dress(ax)
+            figures.log_step_axis(ax, min(steps), max(steps))
+            figures.stage_bands(ax, stages, labels=False)
+    axes[0, 0].set_ylabel("value")
+    axes[1, 0].set_ylabel("change per e-fold of steps")
+    for ax in axes[0]:
+        ax.set_xlabel("")
+    return figure
+
+
+def icl_over_steps(ax: Axes, found) -> Axes:
+    """Draws loss of the last example minus that of the first, in and out of distribution.
+
+    Inputs g times as large have losses about g² times as large; they are drawn over g, as published
+    (arXiv 2402.02364).
+    """
+    steps = found.checkpoint.values
+    score = found.loss.values[:, -1] - found.loss.values[:, 0]
+    ax.plot(steps, score, color=figures.INK, lw=1.5, label="as trained")
+    colors = (figures.SKY, figures.GREEN, figures.ORANGE, figures.PURPLE)
+    for i, (gain, color) in enumerate(zip(found.gain.values, colors, strict=False)):
+        if gain > 20:
+            continue  # off the scale of the others
+        far = found.far_inputs_loss.values[:, i]
+        ax.plot(steps, (far[:, -1] - far[:, 0]) / gain, color=color, lw=1.1,
+                label=f"inputs × {gain:g}, over {gain:g}")  # fmt: skip
+    ax.axhline(0.0, color="0.5", lw=0.8)
+    ax.set_ylabel("loss at last minus\nfirst example")
+    return _dress(ax)
+
+
+def per_token(
+    ax: Axes, steps: ArrayLike, values: np.ndarray, *, errors: np.ndarray | None = None,
+    floors: ArrayLike | None = None,
+) -> Axes:  # fmt: skip
+    """Draws a line per example, dark for late ones.
+
+    Args:
+      ax: axes over training steps.
+      steps: [N].
+      values: [N, K].
+      errors: [N, K] standard errors, or None.
+      floors: [K] dotted levels, or None.
+    """
+    count = values.shape[1]
+    for k in range(count):
+        color = colormaps["viridis_r"](0.1 + 0.9 * k / max(count - 1, 1))
+        label = f"k = {k + 1}" if k in (0, count // 2, count - 1) else "_"
+        if errors is None:
+            ax.plot(steps, values[:, k], color=color, lw=1.2, label=label)
+        else:
+            ax.errorbar(steps, values[:, k], errors[:, k], fmt="o-", ms=2.5, lw=1, color=color,
+                        elinewidth=0.8, label=label)  # fmt: skip
+        if floors is not None:
+            ax.axhline(np.asarray(floors)[k], color=color, lw=0.8, ls=":",
+                       label="ridge (dotted)" if k == count - 1 else "_")  # fmt: skip
+    return _dress(ax)
+
+
+def finish(figure: Figure, axes: Sequence[Axes], steps: ArrayLike, stages: Sequence) -> None:
+    """One logarithmic axis of steps, stage bands and a legend to the right of each panel."""
+    figures.log_step_axis(axes[-1], np.min(steps), np.max(steps))
+    for ax in axes:
+        figures.stage_bands(ax, stages, labels=ax is axes[0])
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
+        if ax.get_yscale() == "log":
+            # Less than two decades need numbers between the powers of ten.
+            low, high = ax.get_ylim()
+            if high < 100 * low:
+                ax.yaxis.set_minor_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False))
+    figure.align_ylabels(axes)
+
+
+def _dress(ax: Axes) -> Axes:
+    ax.grid(color="0.5", alpha=0.2, lw=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
