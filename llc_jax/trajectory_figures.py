@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from llc_jax import figures
-from llc_jax.metrics.trajectory import PCA, cusps, gaussian_smooth, osculating_circles, vertices
+from llc_jax.metrics.trajectory import PCA, cusps, osculating_circles, smooth_path, vertices
 
 
 def trajectory_figure(
@@ -21,9 +21,10 @@ def trajectory_figure(
     stages: Sequence = (),
     labels: Mapping[int, str] | None = None,
     references: Sequence[str] | None = None,
-    widths: ArrayLike | None = None,
 ) -> Figure:
     """Draws pairs of components as plane curves with their geometry, above each over training.
+
+    Dots are checkpoints; lines and their geometry are those of `smooth_path`.
 
     Args:
       steps: of the fitted rows, ascending, shape [n].
@@ -32,7 +33,6 @@ def trajectory_figure(
       labels: step -> text beside the path at the nearest checkpoint; by default the boundaries
         of the stages, such as 1|2.
       references: names of the m rows that were only projected, or None to leave them out.
-      widths: see `gaussian_smooth`. Lines and their geometry are smoothed, dots are not.
     """
     steps, n = np.asarray(steps), pca.num_fitted
     scores, ideal = pca.scores[:n, :3], pca.scores[n:, :3]
@@ -46,37 +46,52 @@ def trajectory_figure(
     ideal = ideal[: len(references)]
     if labels is None:
         labels = {stage.end: f"{i}|{i + 1}" for i, stage in enumerate(stages[:-1], 1)}
-    path = gaussian_smooth(scores, widths)
-    figure = figures.InlineFigure(figsize=(9.6, 7.4), layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=(1.45, 1))
+    times, path = smooth_path(steps, scores)
     pairs = list(itertools.combinations(range(path.shape[1]), 2))
-    names = [f"PC{i + 1} ({share:.1%})" for i, share in enumerate(pca.explained)]
-    shade = colors.FuncNorm((np.log1p, np.expm1), steps[0], steps[-1])
+    names = [f"PC{i + 1} ({share:.1%} of variance)" for i, share in enumerate(pca.explained)]
+    marks = list(zip(references, itertools.cycle("*PXsd"), ideal, strict=False))
+    figure = figures.InlineFigure(figsize=(9.6, 7.4), layout="constrained")
+    top, bottom = figure.subfigures(2, height_ratios=(1.5, 1))
     planes = top.subplots(1, len(pairs), squeeze=False)[0]
-    for ax, pair in zip(planes, pairs, strict=True):
+    shade = colors.FuncNorm((np.log1p, np.expm1), steps[0], steps[-1])
+    for ax, pair in zip(planes, map(list, pairs), strict=True):
         _limits(ax, np.concatenate([scores, ideal])[:, pair])
-        line = path_in_plane(ax, steps, path[:, pair], shade)
-        ax.plot(*scores[:, pair].T, ".", ms=2.5, color="0.55", zorder=1, label="checkpoint")
-        _mark(ax, path[:, pair], {np.argmin(np.abs(steps - s)): t for s, t in labels.items()})
-        for name, point in zip(references, ideal[:, pair], strict=True):
-            ax.plot(*point, "*", ms=11, mec="white", color=figures.PURPLE, zorder=6)
-            _write(ax, point, name, figures.PURPLE)
+        ax.plot(*scores[:, pair].T, ".", ms=3, color="0.55", zorder=1, label="checkpoint")
+        line = path_in_plane(ax, times, path[:, pair], shade)
+        for name, marker, point in marks:
+            ax.plot(*point[pair], marker, ms=9, mec="white", color=figures.PURPLE, zorder=6,
+                    label=name.replace("$", r"\$"))  # fmt: skip
+        for step, text in labels.items():
+            point = path[np.argmin(np.abs(times - step))][pair]
+            ax.plot(*point, "o", ms=4, color=figures.INK, zorder=5)
+            ax.annotate(
+                text, point, (4, 4), textcoords="offset points", color=figures.INK, size="small"
+            )
         ax.set(xlabel=names[pair[0]], ylabel=names[pair[1]])
-    bar = top.colorbar(line, ax=planes, label="training step", aspect=25, pad=0.015)
-    bar.locator = ticker.FixedLocator([0, *10.0 ** np.arange(13)])
-    bar.formatter = ticker.EngFormatter(sep="")
+    ticks = ticker.FixedLocator([0, *10.0 ** np.arange(13)])
+    top.colorbar(
+        line, ax=planes, location="bottom", label="training step", aspect=80, ticks=ticks,
+        format=ticker.EngFormatter(sep=""),
+    )  # fmt: skip
     for i, ax in enumerate(bottom.subplots(1, path.shape[1])):
         ax.plot(steps, scores[:, i], ".", ms=3, color="0.55")
-        ax.plot(steps, path[:, i], color=figures.BLUE, lw=1.3)
-        for name, point in zip(references, ideal, strict=True):
+        ax.plot(times, path[:, i], color=figures.BLUE, lw=1.3)
+        for _, marker, point in marks:
             ax.axhline(point[i], color=figures.PURPLE, lw=1, ls=":")
-            ax.text(1.0, point[i], name, transform=ax.get_yaxis_transform(), color=figures.PURPLE)
+            ax.plot(1.0, point[i], marker, ms=7, mec="white", color=figures.PURPLE, zorder=6,
+                    transform=ax.get_yaxis_transform(), clip_on=False)  # fmt: skip
         figures.log_step_axis(ax, steps[0], steps[-1])
-        figures.stage_bands(ax, stages)
+        figures.stage_bands(ax, stages, labels=False)
+        for number, stage in enumerate(stages, 1):
+            middle = np.expm1(np.log1p([stage.start, stage.end]).mean())
+            ax.text(middle, 1.02, number, transform=ax.get_xaxis_transform(), ha="center")
         ax.set_ylabel(names[i])
         ax.grid(color="0.5", alpha=0.2, lw=0.6)
-    handles, texts = planes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=9, frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *planes[0].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False,
+        columnspacing=1.2, handlelength=1.6,
+    )  # fmt: skip
     return figure
 
 
@@ -100,16 +115,27 @@ def path_in_plane(
         autolim=False,
     )  # fmt: skip
     ax.plot([], [], color="0.6", lw=0.6, label="osculating circle")
-    ax.plot(*circles.centres.T, color=figures.INK, lw=0.7, zorder=2, label="evolute")
+    # At an inflection the centre leaves to infinity and comes back from the other side.
+    flips = np.flatnonzero(np.diff(np.sign(circles.curvature))) + 1
+    evolute = np.insert(circles.centres, flips, np.nan, axis=0)
+    ax.plot(*evolute.T, color=figures.INK, lw=0.7, zorder=2, label="evolute")
     segments = np.stack([path[:-1], path[1:]], axis=1)
     line = LineCollection(segments, norm=shade, cmap="viridis", lw=2.2, zorder=3)
     line.set_array(np.expm1((np.log1p(steps[:-1]) + np.log1p(steps[1:])) / 2))
     ax.add_collection(line, autolim=False)
+    # Elsewhere the path is nearly straight or stands still, and the last of the noise turns it.
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    near = np.all((circles.centres > (left, low)) & (circles.centres < (right, high)), axis=1)
+    length = np.append(0.0, np.cumsum(np.hypot(*np.diff(path, axis=0).T)))
+    rows, window = np.arange(len(path)), len(path) // 40
+    ahead, behind = np.minimum(rows + window, rows[-1]), np.maximum(rows - window, 0)
+    clear = near & (length[ahead] - length[behind] > 0.02 * (right - left))
     for rows, marker, color, label in (
         (vertices(path, circles), "D", figures.ORANGE, "vertex"),
-        (cusps(path), "v", figures.VERMILLION, "cusp"),
+        (cusps(path), "v", "black", "cusp"),
     ):
-        ax.plot(*path[rows].T, marker, ms=5, mfc="white", mec=color, mew=1.3, zorder=4, label=label)
+        rows = rows[clear[rows]]
+        ax.plot(*path[rows].T, marker, ms=4, mfc="white", mec=color, mew=1.3, zorder=4, label=label)
     return line
 
 
@@ -121,15 +147,3 @@ def _limits(ax: Axes, points: np.ndarray) -> None:
     ax.set(ylim=(low + high)[1] / 2 + half * np.array([-1, 1]))
     ax.set_aspect("equal")
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _mark(ax: Axes, path: np.ndarray, texts: Mapping[int, str]) -> None:
-    for row, text in texts.items():
-        ax.plot(*path[row], "o", ms=4, color=figures.INK, zorder=5)
-        _write(ax, path[row], text, figures.INK)
-
-
-def _write(ax: Axes, point: np.ndarray, text: str, color: str) -> None:
-    ax.annotate(
-        text.replace("$", r"\$"), point, (5, 4), textcoords="offset points", color=color, zorder=7
-    )

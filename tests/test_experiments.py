@@ -22,15 +22,21 @@ from experiments import (
     cli,
     estimate_llc,
     find_stages,
+    make_figures,
     make_report,
+    measure_behavior,
     measure_curvature,
+    measure_trajectory,
     quickstart,
     train_regression,
+    vary_llc,
 )
 from experiments import workdir as workdirs
-from llc_jax import files, results
+from llc_jax import files, results, structure_figures
 from llc_jax.checkpoints import CheckpointDir
-from llc_jax.losses import RegressionLoss
+from llc_jax.losses import RegressionLoss, RegressionTokenLosses
+from llc_jax.metrics import regression
+from llc_jax.models.regression import predictions
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -99,7 +105,11 @@ def test_quickstart_leaves_a_complete_workdir(run):
     assert CheckpointDir(run / "checkpoints").steps() == steps
     assert results.finished_steps(run / "llc") == steps
     sweep = results.load_sweep(run / "llc")
-    assert dict(sweep.sizes) == {"checkpoint": len(steps), "chain": 4, "draw": 20, "burnin": 10}
+    assert dict(sweep.sizes) == {
+        "checkpoint": len(steps), "chain": 4, "draw": 20, "burnin": 10, "part": 8,
+    }  # fmt: skip
+    # λ̂ of the whole is the mean over tokens, since its loss is.
+    np.testing.assert_allclose(sweep.parts.mean("part"), sweep.llc, rtol=1e-3, atol=1e-3)
     # Self-describing: the estimate follows from the file alone.
     gaps = sweep.losses.astype(float) - sweep.anchor_losses.astype(float)
     recomputed = sweep.attrs["nbeta"] * gaps.mean(("chain", "draw"))
@@ -109,7 +119,7 @@ def test_quickstart_leaves_a_complete_workdir(run):
     stages = find_stages.load_stages(run / "llc" / "stages.json")
     assert stages[0].start == steps[0]
     assert stages[-1].end == steps[-1]
-    names = ["overview", "traces", "curvature"]
+    names = ["overview", "traces", "tokens", "curvature", "behavior", "structure", "trajectory"]
     for name in ("report.html", "results.csv", *[f"figures/{name}.png" for name in names]):
         assert (run / name).stat().st_size > 0
     assert len((run / "results.csv").read_text().splitlines()) == len(steps) + 1
@@ -145,6 +155,132 @@ def test_curvature_is_that_of_the_library_and_resumes_where_it_was_killed(copy):
         measure_curvature.run(
             dataclasses.replace(measure_curvature.PRESETS["smoke"], workdir=str(copy), num_probes=3)
         )
+
+
+def test_behavior_is_that_of_the_library_and_resumes(copy):
+    folder, config = copy / "behavior", dataclasses.replace(
+        measure_behavior.PRESETS["smoke"], workdir=str(copy)
+    )  # fmt: skip
+    whole = results.load(folder, "measure_behavior")
+    steps = train_regression.schedule(train_config(copy))
+    assert list(whole.checkpoint) == steps
+    model, task = train_regression.setting(train_config(copy))
+    params = CheckpointDir(copy / "checkpoints").restore_params(steps[-1])
+    sequences = regression.evaluation_set(jax.random.key(config.seed), task, config.num_sequences)
+    losses = RegressionTokenLosses(model)(params, sequences).mean(axis=0)
+    np.testing.assert_allclose(whole.loss[-1], losses, rtol=1e-4)
+    squares = sum(np.sum(np.square(x, dtype=float)) for x in jax.tree.leaves(params))
+    assert float(whole.weight_norm[-1]) == pytest.approx(squares**0.5, rel=1e-6)
+    before = hashes(folder, "*.nc") | hashes(folder, "*.csv")
+    results.result_path(folder, steps[1]).unlink()
+    (folder / "attention.csv").unlink()
+    measure_behavior.run(config)
+    assert hashes(folder, "*.nc") | hashes(folder, "*.csv") == before
+    with pytest.raises(ValueError, match="num_far: 32 before, 16 now"):
+        measure_behavior.run(dataclasses.replace(config, num_far=16))
+    with pytest.raises(ValueError, match="num_attention=65 is above num_sequences=64"):
+        measure_behavior.run(dataclasses.replace(config, num_attention=65))
+
+
+def test_trajectory_is_the_pca_of_the_predictions(copy, capsys):
+    config = dataclasses.replace(measure_trajectory.PRESETS["smoke"], workdir=str(copy))
+    steps, pca, names = measure_trajectory.load(copy / "trajectory")
+    assert list(steps) == train_regression.schedule(train_config(copy))
+    assert names == ["zero", "ridge"]
+    model, task = train_regression.setting(train_config(copy))
+    kept = CheckpointDir(copy / "checkpoints")
+    batch = regression.evaluation_set(jax.random.key(config.seed), task, config.num_sequences)
+    rows = [predictions(model, kept.restore_params(s), batch).ravel() for s in steps]
+    rows += [np.zeros_like(rows[0]), np.ravel(batch["ridge"])]
+    rows = np.array(rows, float)
+    centred = rows - rows[: steps.size].mean(axis=0)
+    _, values, vectors = np.linalg.svd(centred[: steps.size], full_matrices=False)
+    np.testing.assert_allclose(pca.explained, values[:3] ** 2 / np.sum(values**2), rtol=1e-3)
+    scores = centred @ vectors[:3].T
+    np.testing.assert_allclose(np.abs(pca.scores), np.abs(scores), rtol=1e-2, atol=1e-4)
+    capsys.readouterr()
+    measure_trajectory.run(config)
+    assert "up to date" in capsys.readouterr().out
+    # Blocks are a matter of memory; two equal runs share their components.
+    again = dataclasses.replace(config, block=5, also=str(shutil.copytree(copy, copy / "twin")))
+    measure_trajectory.run(again)
+    _, joint, _ = measure_trajectory.load(copy / "trajectory")
+    np.testing.assert_allclose(joint.explained, pca.explained, rtol=1e-3)
+    np.testing.assert_allclose(np.abs(joint.scores), np.abs(pca.scores), rtol=1e-2, atol=1e-3)
+    measure_trajectory.run(dataclasses.replace(config, all_outputs=True))
+    assert measure_trajectory.load(copy / "trajectory")[2] == []
+
+
+def test_some_checkpoints_first_and_the_rest_later(copy):
+    steps = train_regression.schedule(train_config(copy))
+    before = hashes(copy / "llc", "*.nc")
+    shutil.rmtree(copy / "llc")
+    estimate_llc.run(llc_config(copy, checkpoints=f"{steps[-1]},{steps[1]}"))
+    assert results.finished_steps(copy / "llc") == [steps[1], steps[-1]]
+    with pytest.raises(ValueError, match=r"checkpoints=\[12345\]: there are none"):
+        estimate_llc.run(llc_config(copy, checkpoints="12345"))
+    with pytest.raises(ValueError, match="checkpoints='1;2'"):
+        estimate_llc.run(llc_config(copy, checkpoints="1;2"))
+    estimate_llc.run(llc_config(copy))
+    after = hashes(copy / "llc", "*.nc")
+    assert after.keys() == before.keys()
+    sweep = results.load_sweep(copy / "llc")
+    assert list(sweep.checkpoint) == steps
+
+
+def test_every_figure_is_drawn(copy):
+    shutil.rmtree(copy / "figures")
+    make_figures.run(dataclasses.replace(make_figures.PRESETS["smoke"], workdir=str(copy)))
+    drawn = {p.stem for p in (copy / "figures").glob("*.png")}
+    attention = {f"attention_{name}" for name in structure_figures.ATTENTION}
+    assert drawn == attention | {
+        "overview", "traces", "tokens", "curvature", "behavior", "structure", "trajectory",
+        "slopes", "norms",
+    }  # fmt: skip
+    # What was not measured is not drawn, and not missed.
+    for name in ("behavior", "trajectory", "llc/curvature"):
+        shutil.rmtree(copy / name)
+    found = make_figures.load(make_figures.Config(workdir=str(copy)))
+    assert set(make_figures.page(found)) == {"overview", "traces", "tokens"}
+    assert set(make_figures.more(found)) == {"slopes"}
+
+
+def test_variations_of_the_settings(copy):
+    config = dataclasses.replace(
+        vary_llc.PRESETS["smoke"], workdir=str(copy), data_sizes="32", batch_sizes="16", seeds="3",
+        num_checkpoints=1,
+    )  # fmt: skip
+    vary_llc.run(config)
+    folder = copy / "variations"
+    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    records = workdirs.read_jsonl(folder / "records.jsonl")
+    assert len(records) == 5 + 5 + 1
+    [dead] = [r for r in records if "diverge" in str(r["value"])]
+    assert dead["llc"] is None
+    assert "diverged" in dead["verdict"]
+    [still] = [r for r in records if "do not move" in str(r["value"])]
+    assert abs(still["llc"]) < 0.5
+    [mean] = [r for r in records if r["value"] == "mean"]
+    model, task = train_regression.setting(train_config(copy))
+    step = train_regression.schedule(train_config(copy))[0]
+    estimate = llc_jax.estimate_llc(
+        jax.random.key(config.seed), RegressionLoss(model),
+        CheckpointDir(copy / "checkpoints").restore_params(step),
+        estimate_llc.data_set(task, config.num_data, config.data_seed)[0], step=step,
+        sampler=llc_jax.SGLD(config.step_size), nbeta=config.nbeta,
+        localization=config.localization, num_chains=config.num_chains,
+        num_draws=config.num_draws, num_burnin=config.num_burnin, batch_size=config.batch_size,
+        num_probes=0,
+    )  # fmt: skip
+    assert mean["llc"] == pytest.approx(estimate.mean, rel=1e-5)
+    [grid] = [r["grid"] for r in records if r["what"] == "grid"]
+    assert [cell["nbeta"] for cell in grid] == pytest.approx([config.nbeta, 3 * config.nbeta])
+    # Killed within a line: the rest is redone, and nothing else.
+    (folder / "records.jsonl").write_text("".join(lines[:9]) + lines[9][:30])
+    vary_llc.run(config)
+    assert (folder / "records.jsonl").read_text() == "".join(lines)
+    for name in ("variations", "grid", "failures"):
+        assert (folder / f"{name}.png").stat().st_size > 0
 
 
 def test_calibration_of_a_run_proposes_a_command_that_runs(copy, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llc_jax.data.regression import RegressionTask, sample_batch, to_tokens
-from llc_jax.losses import RegressionLoss, RegressionTokenLosses
+from llc_jax.losses import RegressionLoss, RegressionPrefixLoss, RegressionTokenLosses
 from llc_jax.models import regression
 from llc_jax.models.regression import RegressionTransformer, init_params
 
@@ -237,3 +237,12 @@ def test_bad_sizes_are_refused(fields, match):
 def test_bad_tokens_are_refused(params, shape):
     with pytest.raises(ValueError, match=r"tokens of shape .*num_examples=8, dim=4"):
         MODEL.apply({"params": params}, jnp.zeros(shape))
+
+
+def test_prefix_loss_is_the_mean_over_prefixes(params, batch):
+    each = np.asarray(RegressionTokenLosses(MODEL)(params, batch), np.float64)
+    length = each.shape[1]
+    prefixes = [each[:, :p].mean(axis=1) for p in range(1, length + 1)]
+    np.testing.assert_allclose(
+        RegressionPrefixLoss(MODEL)(params, batch), np.mean(prefixes, axis=0), rtol=1e-5
+    )
