@@ -28,6 +28,7 @@ class Config:
     preset: str = option("quickstart", "Name of the preset.")
     name: str = option("llc", "Folder of the estimates within the workdir.")
     seed: int = option(0, "Seed of the probes.")
+    checkpoints: str = option("", "Training steps to measure, with commas; empty for all.")
     num_data: int = option(256, "Sequences: the first ones of the data set of the estimates.")
     num_eigenvalues: int = option(3, "Eigenvalues of each end.")
     num_deflated: int = option(16, "Lanczos vectors that are treated exactly.")
@@ -51,8 +52,7 @@ def quickstart() -> Config:
 def small() -> Config:
     """Under an hour."""
     return Config(
-        workdir="runs/small", preset="small", num_data=4096, num_deflated=32, num_probes=8,
-        num_iterations=32, micro_batch=1024,
+        workdir="runs/small", preset="small", num_data=512, num_deflated=24, num_iterations=16,
     )  # fmt: skip
 
 
@@ -64,8 +64,8 @@ def paper() -> Config:
     )  # fmt: skip
 
 
-# How much is done at once, as against what comes out.
-MEMORY = ("probe_batch", "micro_batch", "checkpoint_batch")
+# How much is done at once and where, as against what comes out.
+MEMORY = ("checkpoints", "probe_batch", "micro_batch", "checkpoint_batch")
 
 PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
 
@@ -110,6 +110,7 @@ def run(config: Config, phase: str = "curvature") -> None:
         steps = estimate_llc.good_steps(kept, done)
         if not steps:
             raise estimate_llc.no_good_step(kept, config.workdir)
+        steps = estimate_llc.chosen(steps, config.checkpoints)
         work = [step for step in steps if step not in done]
         if not work:
             cli.say(f"{phase}: all checkpoints are done")

@@ -38,6 +38,7 @@ class Config(cli.Pod):
 
     workdir: str = option("runs/quickstart", "Folder of the run.")
     preset: str = option("quickstart", "Name of the preset, the same for every phase.")
+    seed: int = option(1, "Seed of the training run.")
 
 
 def configs(preset: str) -> Config:
@@ -52,6 +53,8 @@ def run(config: Config) -> None:
     """Runs the phases in order; each starts, continues or finds its work done."""
     for number, (name, module) in enumerate(PHASES.items(), 1):
         settings = dataclasses.replace(module.PRESETS[config.preset], workdir=config.workdir)
+        if module is train_regression:
+            settings = dataclasses.replace(settings, seed=config.seed)
         if cli.is_main() or issubclass(module.Config, cli.Pod):
             module.run(settings, f"[{number}/{len(PHASES)}] {name}")
     cli.say(f"open {config.workdir}/report.html")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llc_jax.diagnostics import MAX_STABILITY
 from llc_jax.llc import estimate_llc_over_settings
 from llc_jax.posterior import at_least_float32
 from llc_jax.sweep import RELAXATIONS
@@ -22,9 +23,10 @@ from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 ROOM = 1.25  # growth of Λ between rounds that counts as settled
 MAX_ROUNDS = 5
 GROWTH = 3.0  # of the curvature on the way from the anchor, for a first guess at γ
-RUNGS = GROWTH ** np.arange(5)  # of the ladder of γ, in units of that guess
+RUNGS = GROWTH ** np.arange(0, 4.5, 0.5)  # of the ladder of γ, in units of that guess
 DECADES = 10.0 ** np.arange(-6, 1)  # the same, per weight, where the anchor has no curvature
 MARGIN = 1.2  # of the burn-in, for what the ladder does not see
+DIVERGED = 10.0  # times the Λ that was assumed is assumed next where all chains diverged
 TINY = 1e-9  # step fraction that leaves a chain at its anchor
 
 
@@ -73,10 +75,10 @@ def fitted(sampler: Sampler, step_size: Any, localization: Any) -> Sampler:
 
 
 def stiffness_of(estimates: Any, step_sizes: Any, before: Any) -> np.ndarray:
-    """Λ of each estimate: what its chains measured at their end, `10 before` where all diverged."""
+    """Λ of each estimate: what its chains measured, `DIVERGED` times more where all diverged."""
     measured = np.asarray([np.fmax.reduce(e.stability) for e in estimates])
     with np.errstate(invalid="ignore"):
-        return np.where(np.isfinite(measured), measured / step_sizes, 10 * np.asarray(before))
+        return np.where(np.isfinite(measured), measured / step_sizes, DIVERGED * np.asarray(before))
 
 
 class Settled(NamedTuple):
@@ -85,7 +87,8 @@ class Settled(NamedTuple):
     Attributes:
       localizations: [K] γ.
       stiffness: [K] Λ.
-      settled: [K] whether no chain of the last round found more.
+      settled: [K] whether the chains of the last round were stable and, unless they were too short
+        to tell, found no more.
       num_steps: steps of single chains that it took.
     """
 
@@ -138,7 +141,9 @@ class Pilot(NamedTuple):
         """Looks for the curvature that chains meet whose step size suits that curvature.
 
         Raised round by round until no chain finds more; a setting whose flat directions no longer
-        relax within the chains is not worth another round.
+        relax within the chains is not worth another round. Unstable chains go where no chain
+        should, and the curvature there is far too large: what they find makes the next round safe,
+        but it does not count once stable chains, long enough to forget their start, have been.
 
         Args:
           rng_key: consumed.
@@ -147,6 +152,7 @@ class Pilot(NamedTuple):
           stiffness: [K] first guess, from below.
           **changes: of the options.
         """
+        trusted = np.zeros_like(stiffness)
         for number in range(MAX_ROUNDS):
             steps = self.fraction / stiffness
             key = jax.random.fold_in(rng_key, number)
@@ -156,12 +162,15 @@ class Pilot(NamedTuple):
             )
             measured = stiffness_of(found, steps, stiffness)
             settled = measured <= ROOM * stiffness
-            stiffness = np.maximum(stiffness, measured)
+            sound = (measured * steps <= MAX_STABILITY) & (measured < DIVERGED * stiffness)
+            sound &= self.relaxations(stiffness, localizations) >= RELAXATIONS
+            trusted = np.where(sound, np.maximum(trusted, measured), trusted)
+            stiffness = np.where(sound, trusted, np.maximum(stiffness, measured))
             if (settled | (self.relaxations(stiffness, localizations) < RELAXATIONS)).all():
                 break
         chains = changes.get("num_chains", self.options["num_chains"])
         spent = (number + 1) * stiffness.size * self.num_burnin * chains
-        return Settled(localizations, stiffness, settled, spent)
+        return Settled(localizations, stiffness, settled | sound, spent)
 
     def relaxations(self, stiffness, localizations) -> np.ndarray:
         """Length of the burn-in in relaxation times."""

@@ -376,6 +376,18 @@ def test_a_diverged_chain_leaves_what_the_others_measured():
     np.testing.assert_allclose(stiffness_of([some, none], [0.1, 0.1], [4.0, 4.0]), [5.0, 40.0])
 
 
+def test_a_guess_that_overshoots_is_taken_back():
+    gamma = np.array([1.0, 40.0])
+    pilot = Pilot(quadratic, ORIGIN, curvatures(GAP), SGLD(1.0), 0.4, 400, {"num_chains": 2})
+    stiffest = 30.0 * GAP.max() + gamma
+    found = pilot.settle(jax.random.key(0), np.full(2, 30.0), gamma, 3 * stiffest)
+    assert found.settled.all()
+    # Only where the chains were long enough to tell.
+    relaxed = pilot.relaxations(3 * stiffest, gamma) >= RELAXATIONS
+    np.testing.assert_array_equal(relaxed, [False, True])
+    np.testing.assert_allclose(found.stiffness, np.where(relaxed, 1, 3) * stiffest, rtol=0.01)
+
+
 def test_curvature_at_an_anchor_in_half_precision():
     half = {"w": jnp.full(DIM, 0.5, jnp.bfloat16)}
     pilot = Pilot(quadratic_at_half, half, curvatures(GAP), SGLD(1.0), 0.4, 10, {"num_chains": 1})

@@ -37,19 +37,18 @@ def functional_pca(
 ) -> PCA:
     """Finds the principal components of a matrix that comes in blocks of columns.
 
-    Exact, and centred by column. The n + m rows meet only in their matrix of inner products, so
-    one block and that matrix are all that is in memory. For a joint analysis, stack the rows of
-    several runs.
+    Exact, in float64, centred by column. One block and the inner products of the n + m rows are
+    all that is in memory. For a joint analysis, stack the rows of several runs.
 
     Args:
-      blocks: arrays [n + m, columns] of any widths; each is used once.
-      num_components: k < n. The entry of largest magnitude of each component, over the fitted
-        rows, is positive.
+      blocks: arrays [n + m, columns] of any widths, each used once.
+      num_components: k < n. The largest score of each, in magnitude and of a fitted row, is
+        positive.
       num_fitted: n, rows that define mean and components; all by default. The others, such as
         ideal predictors, are only projected.
 
     Returns:
-      A `PCA`. A component below rounding, a share of variance of about n 2e-16, is 0 throughout.
+      A `PCA`; components with less than n 2e-16 of the largest variance are 0 throughout.
 
     Raises:
       ValueError: if the blocks do not fit together, hold values that are not finite, or cannot
@@ -84,6 +83,7 @@ def functional_pca(
                 f"row {np.argmin(finite)} of block {number} has values that are not finite: leave"
                 " out checkpoints that diverged."
             )
+        block -= block[0]  # Equal rows become 0, and a large constant costs no digits.
         block -= block[:n].mean(axis=0)
         gram += block @ block.T
     return _components(gram, num_components, n)
@@ -110,9 +110,9 @@ def _components(gram: np.ndarray, num_components: int, n: int) -> PCA:
 def smooth_path(steps: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Smooths every component by itself, over log(step + 1), with the noise of each fitted.
 
-    For the some 200 uneven checkpoints of a usual run. A filter over rows makes vertices there:
-    it moves a point by its curvature times the spread of its neighbours, which jumps with the
-    spacing of the steps. The time grows as n^3; about a second a component for n = 200.
+    For a few hundred checkpoints at uneven steps. There a filter over rows makes vertices: it
+    moves a point in proportion to the spread of its neighbours, which jumps with the spacing.
+    About a second per component for n = 200; the time grows as n^3.
 
     Args:
       steps: distinct training steps of the fitted rows, shape [n], n >= 4.
@@ -130,7 +130,7 @@ def smooth_path(steps: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.nda
 def gaussian_smooth(points: ArrayLike, widths: ArrayLike) -> np.ndarray:
     """Filters each column along the rows by a Gaussian, whose weights sum to 1 also at the ends.
 
-    For many checkpoints at even steps; see `smooth_path` for others.
+    For many checkpoints at even steps; for others see `smooth_path`.
 
     Args:
       points: [n, k], such as the scores of the checkpoints.
@@ -157,7 +157,7 @@ def published_widths(n: int) -> np.ndarray:
     """Returns the widths [n] for checkpoints at every 100 steps, 5000 in all, as published.
 
     1 up to row 40, growing evenly to 60 at row 200, and 60 from there on (`sigma_helper` of
-    devinterp). Not for checkpoints that are spread evenly in log(step).
+    devinterp). For other steps see `smooth_path`.
     """
     return np.interp(np.arange(n), [40, 200], [1.0, 60.0])
 
@@ -179,16 +179,14 @@ class Circles(NamedTuple):
 def osculating_circles(curve: ArrayLike) -> Circles:
     """Returns the circle through each point and its two neighbours.
 
-    On a circle it is exact however the points are spaced; on a smooth curve the error falls with
-    the square of an even spacing. The published code takes differences by row instead, which
-    needs even spacing also on a circle.
+    Exact on a circle, however the points are spaced. The published code takes differences by row
+    instead, which is not.
 
     Args:
       curve: [n, 2]. Smooth a noisy curve first: the circle of three close points is all noise.
 
     Returns:
-      `Circles`; nan at both ends, and where two of the three points coincide, since many circles
-      pass through them.
+      `Circles`; nan at both ends, and where points coincide, since many circles pass through two.
     """
     curve = _plane(curve)
     centres = np.full(curve.shape, np.nan)
@@ -197,15 +195,15 @@ def osculating_circles(curve: ArrayLike) -> Circles:
     back, ahead = curve[:-2] - curve[1:-1], curve[2:] - curve[1:-1]
     across = curve[2:] - curve[:-2]
     sides = [np.hypot(*side.T) for side in (back, ahead, across)]
-    area = _cross(ahead, back)
-    # Coordinates are rounded, and so are areas; a smaller one is that of a straight line.
+    area = _cross(ahead, back) / 2.0
+    # Coordinates are rounded, and so is the area of the triangle; a smaller one is none.
     size = np.abs(curve).max(axis=1)
     rounding = _EPS * (size[:-2] + size[1:-1] + size[2:]) * (sides[0] + sides[1])
-    area[np.abs(area) <= rounding] = 0.0
+    area[np.abs(area) <= rounding / 2.0] = 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
-        curvature[1:-1] = 2.0 * area / (sides[0] * sides[1] * sides[2])
+        curvature[1:-1] = 4.0 * area / (sides[0] * sides[1] * sides[2])
         # The centre is at half the length of both sides, measured along them.
-        to_back, to_ahead = ((s**2 / (2.0 * area))[:, None] for s in sides[:2])
+        to_back, to_ahead = ((s**2 / (4.0 * area))[:, None] for s in sides[:2])
         offset = to_back * _quarter_turn(ahead) - to_ahead * _quarter_turn(back)
         radii = 1.0 / np.abs(curvature)
     straight = ~(radii[1:-1] < np.inf)
@@ -220,7 +218,7 @@ def vertices(curve: ArrayLike, circles: Circles | None = None) -> np.ndarray:
     cusp. Inflections, straight parts and cusps of the curve itself are no vertices.
 
     Args:
-      curve: [n, 2]. Smooth a noisy curve first: noise makes a vertex of every third point.
+      curve: [n, 2]. Smooth a noisy curve first: noise alone makes vertices of many points.
       circles: of `osculating_circles(curve)`, if at hand.
 
     Returns:
@@ -243,7 +241,7 @@ def cusps(curve: ArrayLike, min_turn: float = 90.0) -> np.ndarray:
     """Returns the rows at which the curve turns sharply back.
 
     Args:
-      curve: [n, 2]. Smooth a noisy curve first: noise turns back at every other point.
+      curve: [n, 2]. Smooth a noisy curve first: noise alone turns back at most points.
       min_turn: degrees by which the step after a row must turn from the step before it. A cusp
         just midway between two rows turns by a little less than 90 at both.
 
