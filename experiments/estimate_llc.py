@@ -182,15 +182,6 @@ def run(config: Config, phase: str = "llc") -> None:
             cli.say(f"{phase}: all checkpoints of shard {config.shard_checkpoints} are done")
             return
         data, data_hash = data_set(task, config.num_data, config.data_seed)
-        if writer:
-            facts = {
-                "preset": config.preset,
-                "command": cli.command(
-                    "estimate_llc", config.preset, config, PRESETS[config.preset]
-                ),
-                "data_sha256": data_hash,
-            }
-            workdir.settle(folder / "config.json", identity(config), facts)
         provenance = {
             "data_sha256": data_hash,
             "train_seed": training.seed,
@@ -216,6 +207,15 @@ def run(config: Config, phase: str = "llc") -> None:
             chain_batch=config.chain_batch or None,
             parts_fn=RegressionTokenLosses(model),
         )
+        if writer:
+            facts = {
+                "preset": config.preset,
+                "command": cli.command(
+                    "estimate_llc", config.preset, config, PRESETS[config.preset]
+                ),
+                "data_sha256": data_hash,
+            }
+            workdir.settle(folder / "config.json", identity(config), facts)
 
         def finish(flag):
             for count, (step, estimate) in enumerate(estimates, 1):

@@ -10,8 +10,6 @@ import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from experiments import (
     cli,
     estimate_llc,
@@ -52,7 +50,6 @@ class Material(NamedTuple):
       kernel: of the curve.
       curvature: step -> `llc_jax.Curvature`, empty if there is none.
       behavior: `xarray.Dataset`.
-      ridge_loss: [K] loss of ridge at each example.
       trajectory: of `measure_trajectory.load`.
     """
 
@@ -64,7 +61,6 @@ class Material(NamedTuple):
     kernel: str
     curvature: dict
     behavior: Any
-    ridge_loss: np.ndarray | None
     trajectory: Any
 
 
@@ -131,28 +127,26 @@ def load(config) -> Material:
     data, _ = estimate_llc.data_set(
         task, sampled["config"]["num_data"], sampled["config"]["data_seed"]
     )
-    behavior = trajectory = ridge_loss = None
+    behavior = trajectory = None
     if "behavior" in found:
         behavior = results.load(measure_behavior.folder_of(config), "measure_behavior")
-        ridge_loss = known_losses(task, data)["ridge"]
     if "trajectory" in found:
         trajectory = measure_trajectory.load(measure_trajectory.folder_of(config))
     return Material(
         metrics=workdir.read_jsonl(pathlib.Path(config.workdir) / "metrics.jsonl"),
-        baselines={name: float(np.mean(x)) for name, x in known_losses(task, data).items()},
+        baselines=baselines(task, data),
         sweep=sweep,
         curve=curve,
         stages=find_stages.load_stages(found["stages"]),
         kernel=kernel,
         curvature=measure_curvature.load(measure_curvature.folder_of(config)),
         behavior=behavior,
-        ridge_loss=ridge_loss,
         trajectory=trajectory,
     )
 
 
-def known_losses(task, data) -> dict[str, np.ndarray]:
-    """Losses [K] of predictors that need no training: at zero exact, else on a data set."""
+def baselines(task, data) -> dict[str, float]:
+    """Losses of predictors that need no training: at zero exact, else on a data set."""
     import jax.numpy as jnp
 
     from llc_jax.data.regression import dmmse_predictions, ridge_predictions, tasks
@@ -161,9 +155,8 @@ def known_losses(task, data) -> dict[str, np.ndarray]:
     known = {"ridge": ridge_predictions(x, y, task.noise_variance)}
     if task.num_tasks:
         known["dMMSE"] = dmmse_predictions(x, y, tasks(task), task.noise_variance)
-    zero = np.full(task.num_examples, task.dim + task.noise_variance)
-    return {"predict zero": zero} | {
-        name: np.asarray(jnp.mean((guess - y) ** 2, axis=0)) for name, guess in known.items()
+    return {"predict zero": task.dim + task.noise_variance} | {
+        name: float(jnp.mean((guess - y) ** 2)) for name, guess in known.items()
     }
 
 
@@ -188,9 +181,7 @@ def page(found: Material) -> dict[str, Any]:
             found.sweep, found.curvature, curve=found.curve, stages=found.stages
         )
     if found.behavior is not None:
-        drawn["behavior"] = behavior_figures.behavior_figure(
-            found.behavior, ridge_loss=found.ridge_loss, stages=found.stages
-        )
+        drawn["behavior"] = behavior_figures.behavior_figure(found.behavior, stages=found.stages)
         drawn["structure"] = structure_figures.structure_figure(found.behavior, stages=found.stages)
     if found.trajectory is not None:
         steps, pca, names = found.trajectory

@@ -95,6 +95,7 @@ def run(config: Config, phase: str = "behavior") -> None:
     folder = folder_of(config)
     model, task = train_regression.setting(train_regression.load_config(config.workdir))
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
+    tables = {"behavior.csv": datasets.behavior_table, "attention.csv": datasets.attention_table}
     with workdir.lock(folder, "behavior"):
         identity = {k: v for k, v in cli.identity(config).items() if k != "checkpoint_batch"}
         line = cli.command("measure_behavior", config.preset, config, PRESETS[config.preset])
@@ -120,20 +121,20 @@ def run(config: Config, phase: str = "behavior") -> None:
                 sequences, few, {name: seen[name] for name in ("x", "y")},
                 checkpoint_batch=config.checkpoint_batch,
             )  # fmt: skip
-            names = structure.layer_norm_names(kept.restore_params(work[0]))
+            for name in tables:  # stale from the first result on
+                (folder / name).unlink(missing_ok=True)
 
             def finish():
                 for count, (step, found) in enumerate(measured, 1):
+                    params = kept.restore_params(step)
+                    found |= structure.embeddings(params)
+                    names = structure.layer_norm_names(params)
                     results.save(folder, step, datasets.dataset(found, regression.GAINS, names))
                     loss = f" step {step}: loss {found['mean_loss']:.4f}"
                     yield count, loss, None
 
             for _ in cli.progress(finish(), phase, len(work), "checkpoints"):
                 pass
-        tables = {
-            "behavior.csv": datasets.behavior_table,
-            "attention.csv": datasets.attention_table,
-        }
         if work or not all((folder / name).exists() for name in tables):
             whole = results.load(folder, "measure_behavior")
             for name, table in tables.items():

@@ -102,8 +102,7 @@ def run(config: Config, phase: str = "curvature") -> None:
             ),
             "data_sha256": sampled["data_sha256"],
         }
-        identity = {k: v for k, v in cli.identity(config).items() if k not in MEMORY}
-        workdir.settle(folder / "config.json", identity | settings, facts)
+        identity = {k: v for k, v in cli.identity(config).items() if k not in MEMORY} | settings
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {record["step"] for record in workdir.read_jsonl(path)}
@@ -113,11 +112,17 @@ def run(config: Config, phase: str = "curvature") -> None:
         steps = estimate_llc.chosen(steps, config.checkpoints)
         work = [step for step in steps if step not in done]
         if not work:
+            workdir.settle(folder / "config.json", identity, facts)
             cli.say(f"{phase}: all checkpoints are done")
         else:
             data, data_hash = estimate_llc.data_set(
                 task, sampled["config"]["num_data"], sampled["config"]["data_seed"]
             )
+            if not 1 <= config.num_data <= sampled["config"]["num_data"]:
+                raise ValueError(
+                    f"num_data={config.num_data}: the data set of the estimates has"
+                    f" {sampled['config']['num_data']} sequences; give 1 to that many."
+                )
             if data_hash != sampled["data_sha256"]:
                 raise ValueError(
                     f"the data set has SHA-256 {data_hash}, the estimates had"
@@ -137,6 +142,9 @@ def run(config: Config, phase: str = "curvature") -> None:
                 micro_batch=config.micro_batch or None,
                 checkpoint_batch=config.checkpoint_batch,
             )
+
+            workdir.settle(folder / "config.json", identity, facts)
+            (folder / "curvature.csv").unlink(missing_ok=True)  # stale from the first record on
 
             def finish():
                 for count, (step, found) in enumerate(measured, 1):

@@ -50,7 +50,7 @@ def small() -> Config:
 
 
 def paper() -> Config:
-    """As published: 81,920 outputs of 191 checkpoints."""
+    """81,920 predictions at 191 checkpoints; --all_outputs --num_sequences=1024 as published."""
     return Config(workdir="runs/paper", preset="paper", num_sequences=10_240, block=512)
 
 
@@ -69,7 +69,7 @@ def run(config: Config, phase: str = "trajectory") -> None:
 
     from llc_jax import checks
     from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.files import read_json, write_atomic, write_json
+    from llc_jax.files import digest, read_json, write_atomic, write_json
     from llc_jax.metrics.outputs import Outputs, output_blocks
     from llc_jax.metrics.regression import evaluation_set
     from llc_jax.metrics.trajectory import functional_pca
@@ -88,8 +88,16 @@ def run(config: Config, phase: str = "trajectory") -> None:
         if not all(steps):
             raise estimate_llc.no_good_step(kept[0], config.workdir)
         identity = {k: v for k, v in cli.identity(config).items() if k not in MEMORY}
+        rows = sum(map(len, steps))
+        if not 2 <= config.num_components < rows:
+            raise ValueError(
+                f"num_components={config.num_components}: give 2 to {rows - 1}, one less than"
+                " there are checkpoints."
+            )
         path, inputs = folder / "trajectory.json", {"config": identity, "steps": steps}
-        if path.exists() and inputs.items() <= read_json(path).items():
+        out = folder / "trajectory.csv"
+        stamp = {"csv_sha256": digest([out])} if out.exists() else {"csv_sha256": None}
+        if path.exists() and (inputs | stamp).items() <= read_json(path).items():
             cli.say(f"{phase}: up to date in {path}")
             return
         sequences = jax.device_get(
@@ -97,15 +105,16 @@ def run(config: Config, phase: str = "trajectory") -> None:
                 jax.random.key(config.seed), task, config.num_sequences
             )
         )
+        block = min(config.block, config.num_sequences)
         names = ["zero", "ridge", *(["dmmse"] if task.num_tasks else [])]
         names = [] if config.all_outputs else names
         checkpoints = [(s, k.restore_params(s)) for k, of in zip(kept, steps, strict=True)
                        for s in of]  # fmt: skip
         blocks = output_blocks(
-            Outputs(model, config.all_outputs), checkpoints, sequences, names, block=config.block,
+            Outputs(model, config.all_outputs), checkpoints, sequences, names, block=block,
             checkpoint_batch=config.checkpoint_batch,
         )  # fmt: skip
-        count = -(-config.num_sequences // config.block)
+        count = -(-config.num_sequences // block)
 
         def counted():
             for number, found in enumerate(blocks, 1):
@@ -116,9 +125,10 @@ def run(config: Config, phase: str = "trajectory") -> None:
             config.num_components, len(checkpoints),
         )  # fmt: skip
         rows = [(name, step) for name, of in zip(runs, steps, strict=True) for step in of]
-        write_atomic(folder / "trajectory.csv", table(rows, names, pca.scores))
+        write_atomic(out, table(rows, names, pca.scores))
         write_json(path, {
             **inputs,
+            "csv_sha256": digest([out]),
             "command": cli.command(
                 "measure_trajectory", config.preset, config, PRESETS[config.preset]
             ),
@@ -146,7 +156,8 @@ def load(folder: pathlib.Path):
     """Reads one run's results back.
 
     Returns:
-      (steps [N], `metrics.trajectory.PCA` of the first run and the references, names of these).
+      (steps [N], `metrics.trajectory.PCA` of the first run and the references, with the shares of
+      all runs together, names of the references).
     """
     from llc_jax.files import read_json
     from llc_jax.metrics.trajectory import PCA

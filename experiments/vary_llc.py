@@ -4,10 +4,10 @@
 
 Around one base setting, and at several checkpoints: size of the data set, size of the minibatch,
 loss function, seed of the chains; at the last checkpoint a grid of step size, nβ and γ with the
-running mean of the loss; and the failures: chains that find lower losses because nothing holds
-them, that do not move, that diverge, that are averaged from the start. The same command starts,
-continues or does nothing: one line of `variations/records.jsonl` per estimate, `variations.png`,
-`grid.png` and `failures.png` at the end.
+running λ̂; and the failures: chains that find lower losses because nothing holds them, that do not
+move, that diverge, that are averaged from the start. The same command starts, continues or
+estimates nothing: one line of `variations/records.jsonl` per estimate; at the end it draws
+`variations.png`, `grid.png` and `failures.png`.
 Expected: curves of different data sets (from 2,048 sequences on), minibatches and seeds coincide
 within their errors; step size, nβ and γ move the value, so they are fixed for a whole curve.
 """
@@ -33,7 +33,7 @@ class Config:
     seed: int = option(0, "Seed of the chains.")
     data_seed: int = option(1000, "Seed of the data set.")
     checkpoints: str = option("", "Training steps, with commas; empty for num_checkpoints of them.")
-    num_checkpoints: int = option(4, "Checkpoints, evenly spaced among all.")
+    num_checkpoints: int = option(4, "Checkpoints, evenly spaced from the last backwards.")
     num_data: int = option(2048, "Sequences in the data set of the base.")
     step_size: float = option(2e-4, "SGLD step ε of the base.")
     nbeta: float = option(30.0, "nβ of the base.")
@@ -48,6 +48,8 @@ class Config:
     step_factors: str = option("0.3,1,3", "Step sizes of the grid, in units of the base.")
     nbeta_factors: str = option("0.3,1,3", "nβ of the grid, in units of the base.")
     localization_factors: str = option("0.3,1,3", "γ of the grid, in units of the base.")
+    grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
+    setting_batch: int = option(0, "Settings of the grid at once; 0 for all; bounds memory.")
 
 
 def smoke() -> Config:
@@ -79,7 +81,7 @@ def paper() -> Config:
         workdir="runs/paper", preset="paper", num_data=2**20, step_size=3e-4, nbeta=66.67,
         localization=6.67, num_chains=8, num_draws=1000, num_burnin=1000, batch_size=1024,
         checkpoints="507,1124,3247,9375,27072,59968,121212,500000",
-        data_sizes="1024,2048,8192,65536,1048576", batch_sizes="256,1024,4096",
+        data_sizes="4096,8192,65536,1048576", batch_sizes="256,1024,4096", setting_batch=9,
     )  # fmt: skip
 
 
@@ -93,6 +95,14 @@ def folder_of(config) -> pathlib.Path:
 
 def variations(config: Config) -> list[tuple[str, float | str, dict]]:
     """Every variation of the base: (what, value, settings that differ from the base)."""
+    sizes = [*numbers(config.data_sizes), config.num_data]
+    batches = [*numbers(config.batch_sizes), config.batch_size]
+    if min(sizes) < config.batch_size or config.num_data < max(batches):
+        raise ValueError(
+            f"data_sizes={config.data_sizes}, num_data={config.num_data} and batch_sizes="
+            f"{config.batch_sizes}, batch_size={config.batch_size}: no minibatch may be larger than"
+            " the data set it is drawn from."
+        )
     found = [("num_data", n, {"num_data": int(n)}) for n in numbers(config.data_sizes)]
     found += [("batch_size", m, {"batch_size": int(m)}) for m in numbers(config.batch_sizes)]
     found += [("loss", name, {"loss": name}) for name in ("mean", "random prefix")]
@@ -132,21 +142,22 @@ def measure(config: Config, params, task, model, step: int, change: dict):
         jax.random.key(s["seed"]), loss, params, data, step=step,
         sampler=llc_jax.SGLD(s["step_size"]), nbeta=config.nbeta, localization=s["localization"],
         num_chains=config.num_chains, num_draws=s["num_draws"], num_burnin=s["num_burnin"],
-        batch_size=min(s["batch_size"], s["num_data"]), num_probes=0,
+        batch_size=s["batch_size"], grad_accum=config.grad_accum, num_probes=0,
     )  # fmt: skip
 
 
 def record(estimate) -> dict:
-    """What is kept of an estimate: the value, its error, and the running mean of λ̂."""
-    gaps = np.concatenate([estimate.burnin_losses, estimate.losses], axis=1).astype(float)
-    gaps -= estimate.init_loss
+    """What is kept of an estimate: the value, its error, and what λ̂ was after fewer draws."""
+    finite = estimate.diverged_at < 0
+    gaps = estimate.losses[finite].astype(float) - estimate.anchor_losses[finite]
     kept = np.unique(np.linspace(1, gaps.shape[1], TRACE_POINTS).astype(int))
-    with np.errstate(over="ignore", invalid="ignore"):
-        running = np.cumsum(gaps.mean(axis=0))[kept - 1] / kept * estimate.settings["nbeta"]
+    mean = gaps.mean(axis=0) if finite.any() else np.full(gaps.shape[1], np.nan)
+    running = np.cumsum(mean)[kept - 1] / kept * estimate.settings["nbeta"]
     return {
         "llc": plain(estimate.mean), "stderr": plain(estimate.stderr), "rhat": plain(estimate.rhat),
         "verdict": estimate.verdict, "num_burnin": estimate.burnin_losses.shape[1],
-        "draws": kept.tolist(), "running": [plain(x) for x in running],
+        "draws": (kept + estimate.burnin_losses.shape[1]).tolist(),
+        "running": [plain(x) for x in running],
         "distance": plain(estimate.distance.mean()),
     }  # fmt: skip
 
@@ -176,7 +187,8 @@ def grid(config: Config, params, task, model, step: int) -> list[dict]:
         jax.random.key(config.seed), RegressionLoss(model), params, data, step=step,
         sampler=llc_jax.SGLD(steps), nbeta=nbetas, localization=gammas,
         num_chains=config.num_chains, num_draws=config.num_draws, num_burnin=config.num_burnin,
-        batch_size=min(config.batch_size, config.num_data), num_probes=0,
+        batch_size=config.batch_size, grad_accum=config.grad_accum,
+        setting_batch=config.setting_batch or None, num_probes=0,
     )  # fmt: skip
     names = ("step_size", "nbeta", "localization")
     return [{name: e.settings[name] for name in names} | record(e) for e in found.ravel()]
@@ -184,9 +196,10 @@ def grid(config: Config, params, task, model, step: int) -> list[dict]:
 
 def run(config: Config, phase: str = "variations") -> None:
     """Estimates what is missing and draws everything."""
+    from llc_jax import checks
     from llc_jax.checkpoints import CheckpointDir
     from llc_jax.figures import png
-    from llc_jax.files import write_atomic
+    from llc_jax.files import read_json, write_atomic
     from llc_jax.variation_figures import failures_figure, grid_figure, variations_figure
 
     folder = folder_of(config)
@@ -195,10 +208,19 @@ def run(config: Config, phase: str = "variations") -> None:
     every = estimate_llc.good_steps(kept, set())
     if not every:
         raise estimate_llc.no_good_step(kept, config.workdir)
+    work = variations(config)
+    checks.at_least("num_checkpoints", config.num_checkpoints, 1)
+    for name in ("num_chains", "num_draws", "grad_accum"):
+        checks.at_least(name, getattr(config, name), 1)
+    if not config.nbeta > 0:
+        raise ValueError(f"nbeta={config.nbeta}: give a number above 0.")
     steps = estimate_llc.chosen(every, config.checkpoints)
     if not config.checkpoints:
-        index = np.linspace(0, len(every) - 1, config.num_checkpoints).round().astype(int)
-        steps = [every[i] for i in index]
+        index = np.linspace(len(every) - 1, 0, config.num_checkpoints).round().astype(int)
+        steps = sorted({every[i] for i in index})
+    begun = folder / "config.json"
+    if begun.exists() and not config.checkpoints:
+        steps = read_json(begun)["config"]["checkpoints"]  # there may be more by now
     with workdir.lock(folder, "variations"):
         line = cli.command("vary_llc", config.preset, config, PRESETS[config.preset])
         workdir.settle(folder / "config.json", cli.identity(config) | {"checkpoints": steps},
@@ -206,7 +228,7 @@ def run(config: Config, phase: str = "variations") -> None:
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {(r["what"], str(r["value"]), r["step"]) for r in workdir.read_jsonl(path)}
-        work = [(*v, s) for v in variations(config) for s in steps]
+        work = [(*v, s) for v in work for s in steps]
         work += [
             ("failure", name, change, step)
             for name, (step, change) in failures(config, steps[0], steps[-1]).items()

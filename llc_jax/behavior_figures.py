@@ -11,18 +11,17 @@ from numpy.typing import ArrayLike
 from llc_jax import figures
 
 
-def behavior_figure(found, *, ridge_loss: ArrayLike | None = None, stages: Sequence = ()) -> Figure:
+def behavior_figure(found, *, stages: Sequence = ()) -> Figure:
     """Draws losses, shrinkage, distance to ridge and learning in context.
 
     Args:
       found: `xarray.Dataset` of `metrics.datasets.dataset` with a leading dimension checkpoint.
-      ridge_loss: [K] loss of the optimal predictor at each example, dotted; or None.
       stages: of `llc_jax.find_stages`; may be empty.
     """
     figure = figures.InlineFigure(figsize=(9.6, 11), layout="constrained")
     axes = figure.subplots(4, sharex=True)
     steps = found.checkpoint.values
-    per_token(axes[0], steps, found.loss.values, floors=ridge_loss)
+    per_token(axes[0], steps, found.loss.values, floors=found.ridge_loss.values[-1])
     axes[0].set_ylabel("loss at\nexample k")
     per_token(axes[1], steps, found.prediction_square.values)
     axes[1].set(ylabel="mean squared\nprediction", yscale="log")

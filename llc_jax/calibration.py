@@ -125,7 +125,7 @@ def calibrate(
     curvature = np.maximum(rungs.stiffness - rungs.localizations, np.finfo(float).tiny)
     curvature = np.interp(np.log(cells[1]), np.log(rungs.localizations), np.log(curvature))
     guess = np.exp(curvature) * cells[0] / nbeta + cells[1]
-    met = pilot.settle(cells_key, *cells, guess)
+    met = pilot.settle(cells_key, *cells, guess, at_anchor * cells[0] / nbeta + cells[1])
 
     # 2. The grid, and the control, whose law is known where nothing is preconditioned.
     def run(sampler, lanes, steps):

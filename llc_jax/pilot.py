@@ -81,14 +81,18 @@ def stiffness_of(estimates: Any, step_sizes: Any, before: Any) -> np.ndarray:
         return np.where(np.isfinite(measured), measured / step_sizes, DIVERGED * np.asarray(before))
 
 
+def all_finite(estimates: Any) -> np.ndarray:
+    """Whether no chain of an estimate diverged."""
+    return np.asarray([bool(np.isfinite(e.stability).all()) for e in estimates])
+
+
 class Settled(NamedTuple):
     """Λ of K settings at the end of chains with the step size it demands.
 
     Attributes:
       localizations: [K] γ.
       stiffness: [K] Λ.
-      settled: [K] whether the chains of the last round were stable and, unless they were too short
-        to tell, found no more.
+      settled: [K] whether the chains of the last round were stable, or found no more.
       num_steps: steps of single chains that it took.
     """
 
@@ -137,7 +141,7 @@ class Pilot(NamedTuple):
         found = self.run(rng_key, params, np.full(1, nbeta), np.zeros(1), still, 1)
         return float(stiffness_of(found, still.step_size, np.full(1, np.nan))[0])
 
-    def settle(self, rng_key, nbetas, localizations, stiffness, **changes) -> Settled:
+    def settle(self, rng_key, nbetas, localizations, stiffness, least, **changes) -> Settled:
         """Looks for the curvature that chains meet whose step size suits that curvature.
 
         Raised round by round until no chain finds more; a setting whose flat directions no longer
@@ -149,10 +153,11 @@ class Pilot(NamedTuple):
           rng_key: consumed.
           nbetas: [K].
           localizations: [K].
-          stiffness: [K] first guess, from below.
+          stiffness: [K] first guess.
+          least: [K] Λ at the anchor, where chains start: no less is returned.
           **changes: of the options.
         """
-        trusted = np.zeros_like(stiffness)
+        trusted = np.asarray(least, float)
         for number in range(MAX_ROUNDS):
             steps = self.fraction / stiffness
             key = jax.random.fold_in(rng_key, number)
@@ -162,7 +167,7 @@ class Pilot(NamedTuple):
             )
             measured = stiffness_of(found, steps, stiffness)
             settled = measured <= ROOM * stiffness
-            sound = (measured * steps <= MAX_STABILITY) & (measured < DIVERGED * stiffness)
+            sound = (measured * steps <= MAX_STABILITY) & all_finite(found)
             sound &= self.relaxations(stiffness, localizations) >= RELAXATIONS
             trusted = np.where(sound, np.maximum(trusted, measured), trusted)
             stiffness = np.where(sound, trusted, np.maximum(stiffness, measured))
@@ -190,7 +195,8 @@ class Pilot(NamedTuple):
         )
         rungs = lowest * RUNGS if at_anchor > 0 else num_weights * DECADES
         nbetas = np.full(rungs.size, nbeta)
-        return self.settle(rng_key, nbetas, rungs, at_anchor + rungs, num_chains=1)
+        least = at_anchor + rungs
+        return self.settle(rng_key, nbetas, rungs, least, least, num_chains=1)
 
     def affordable(self, rungs: Settled) -> float:
         """The weakest γ that relaxes within the burn-in, between the rungs of a ladder."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llc_jax.types import Batch, Evaluation, LossFn, Params
+from llc_jax.types import Batch, Evaluation, LossFn, Params, PartsFn
 
 
 def default_nbeta(n: int) -> float:
@@ -36,9 +36,20 @@ def mean_loss(loss_fn: LossFn, params: Params, batch: Batch) -> jax.Array:
     return jnp.mean(loss_fn(params, batch).astype(jnp.float32))
 
 
+def mean_parts(parts_fn: PartsFn | None, params: Params, batch: Batch) -> jax.Array | None:
+    """Returns the means of the per-example parts, float32 [part]; None without `parts_fn`."""
+    if parts_fn is None:
+        return None
+    return jnp.mean(parts_fn(params, batch).astype(jnp.float32), axis=0)
+
+
 def loss_and_grad(
-    loss_fn: LossFn, params: Params, batch: Batch, grad_accum: int = 1
-) -> tuple[jax.Array, Params]:
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    grad_accum: int = 1,
+    parts_fn: PartsFn | None = None,
+) -> tuple[jax.Array, Params, jax.Array | None]:
     """Minibatch mean loss and its gradient, accumulated over `grad_accum` equal micro-batches.
 
     Args:
@@ -46,14 +57,18 @@ def loss_and_grad(
       params: where to evaluate.
       batch: leading axis a multiple of `grad_accum`.
       grad_accum: number of micro-batches; the peak memory is that of one of them.
+      parts_fn: see `mean_parts`.
 
     Returns:
-      (float32 scalar, gradient like params but at least float32).
+      (float32 scalar, gradient like params but at least float32, `mean_parts`).
     """
 
     def one(micro):
-        loss, grad = jax.value_and_grad(lambda p: mean_loss(loss_fn, p, micro))(params)
-        return loss, jax.tree.map(at_least_float32, grad)
+        # Differentiated together, so that the compiler sees one forward pass, not two.
+        (loss, parts), grad = jax.value_and_grad(
+            lambda p: (mean_loss(loss_fn, p, micro), mean_parts(parts_fn, p, micro)), has_aux=True
+        )(params)
+        return loss, jax.tree.map(at_least_float32, grad), parts
 
     if grad_accum == 1:
         return one(batch)
@@ -75,6 +90,7 @@ def evaluate(
     mask: Params | None = None,
     grad_accum: int = 1,
     anchor_loss: jax.Array | float = 0.0,
+    parts_fn: PartsFn | None = None,
 ) -> Evaluation:
     """Loss, gradient and drift of the posterior at `params` on one minibatch.
 
@@ -88,15 +104,16 @@ def evaluate(
       mask: None, or 0/1 like params; zeros take no part.
       grad_accum: number of micro-batches.
       anchor_loss: loss of w* on the same minibatch, subtracted from the energy.
+      parts_fn: see `mean_parts`.
     """
-    loss, grad = loss_and_grad(loss_fn, params, batch, grad_accum)
+    loss, grad, parts = loss_and_grad(loss_fn, params, batch, grad_accum, parts_fn)
     grad = apply_mask(mask, grad)
     pull = apply_mask(mask, displacement(params, anchor))
     drift = jax.tree.map(
         lambda g, d: nbeta.astype(g.dtype) * g + localization.astype(g.dtype) * d, grad, pull
     )
     energy = nbeta * (loss - anchor_loss) + localization * optax.tree.vdot(pull, pull) / 2
-    return Evaluation(loss, energy.astype(jnp.float32), grad, drift, nbeta)
+    return Evaluation(loss, energy.astype(jnp.float32), grad, drift, nbeta, parts)
 
 
 def displacement(params: Params, anchor: Params) -> Params:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llc_jax.parallel import CHAIN, CHECKPOINT
-from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss
+from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss, mean_parts
 from llc_jax.stability import stability_number
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
@@ -133,8 +133,8 @@ def sample_chain(
     def minibatch(key):
         if isinstance(data, Stream):
             batch = data.batch_fn(key)
-            parts = None if parts_fn is None else jnp.mean(parts_fn(anchor, batch), axis=0)
-            return batch, mean_loss(loss_fn, anchor, batch), parts
+            loss, parts = mean_loss(loss_fn, anchor, batch), mean_parts(parts_fn, anchor, batch)
+            return batch, loss, parts
         n = num_examples(data)
         if plan.batch_size == n:
             rows, batch = slice(None), data
@@ -146,8 +146,9 @@ def sample_chain(
 
     def posterior_on(batch, anchor_loss):
         return lambda params: evaluate(
-            loss_fn, params, batch, anchor, nbeta, localization, mask, plan.grad_accum, anchor_loss
-        )
+            loss_fn, params, batch, anchor, nbeta, localization, mask, plan.grad_accum,
+            anchor_loss, parts_fn,
+        )  # fmt: skip
 
     def step(state, t, probing):
         batch_key, noise_key = jax.random.split(jax.random.fold_in(rng_key, t))
@@ -164,9 +165,7 @@ def sample_chain(
         if len(probes):
             # The predicate is the same for every chain, so vmap keeps the branch a branch.
             ratio = jax.lax.cond(probing, probe, lambda: jnp.float32(jnp.nan))
-        parts = None
-        if parts_fn is not None:
-            parts = jnp.mean(parts_fn(state.params, batch), axis=0) - anchor_parts
+        parts = None if parts_fn is None else here.parts - anchor_parts
         extra = None if collect is None else collect(state.params, batch)
         return new_state, (here.loss, anchor_loss, distance, ratio, parts, extra)
 

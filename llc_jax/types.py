@@ -61,6 +61,7 @@ class Evaluation(NamedTuple):
       drift: `nbeta * grad + localization * (w - w*)`, like params, zero where masked: the
         gradient of the negative log posterior.
       nbeta: weight of `grad` in `drift`, scalar.
+      parts: parts of the loss, float32 [part]; None if none were asked for.
     """
 
     loss: jax.Array
@@ -68,6 +69,7 @@ class Evaluation(NamedTuple):
     grad: Params
     drift: Params
     nbeta: jax.Array
+    parts: jax.Array | None = None
 
 
 class Sampler(Protocol):

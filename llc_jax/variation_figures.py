@@ -47,7 +47,7 @@ def variations_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
 
 
 def grid_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
-    """Draws the running λ̂ over draws: a row per nbeta, a column per step size, a line per γ.
+    """Draws what λ̂ was after fewer draws: a row per nbeta, a column per step size, a line per γ.
 
     Args:
       records: one of them with "what" equal to "grid" and "grid" a list of estimates.
@@ -67,7 +67,6 @@ def grid_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
         ax = axes[row, column]
         ax.plot(cell["draws"], _numbers(cell["running"]), color=_shades(len(gammas))[i], lw=1.2,
                 label=f"γ = {gammas[i]:.3g}")  # fmt: skip
-        ax.axvspan(0, cell["num_burnin"], color="0.5", alpha=0.04, lw=0)
     for row, nbeta in enumerate(nbetas):
         axes[row, 0].set_ylabel(f"running {figures.LLC}\nnβ = {nbeta:.3g}")
     for column, step in enumerate(steps):
@@ -75,8 +74,9 @@ def grid_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
         axes[-1, column].set_xlabel("draw, from the start")
     for ax in axes.flat:
         _dress(ax)
+        ax.axvspan(0, cells[0]["num_burnin"], color="0.5", alpha=0.15, lw=0)
     axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Step {found['step']:,}: mean of the loss over all draws so far, burn-in grey")
+    figure.suptitle(f"Step {found['step']:,}: {figures.LLC} over the draws so far; burn-in grey")
     return figure
 
 
@@ -92,10 +92,12 @@ def failures_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
     for ax, r in zip(axes, found, strict=True):
         ax.plot(r["draws"], _numbers(r["running"]), color=figures.BLUE, lw=1.3)
         ax.axhline(0.0, color="0.5", lw=0.8)
+        ax.set_xlim(0, r["draws"][-1])
         if r["num_burnin"]:
-            ax.axvspan(0, r["num_burnin"], color="0.5", alpha=0.15, lw=0)
-        if np.nanmax(np.abs(_numbers(r["running"]))) > 1e6:
-            ax.set_yscale("symlog", linthresh=1.0)
+            ax.axvspan(0, r["num_burnin"], color="0.5", alpha=0.15, lw=0, label="burn-in")
+        if r["llc"] is None:
+            ax.text(0.5, 0.5, "no finite chain", transform=ax.transAxes, ha="center",
+                    color=figures.VERMILLION)  # fmt: skip
         value = "none" if r["llc"] is None else f"{r['llc']:.3g}"
         ax.set_title(
             f"{r['value']}, step {r['step']:,}\n{figures.LLC} = {value}; verdict: {r['verdict']}",

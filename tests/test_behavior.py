@@ -72,6 +72,8 @@ def test_losses_are_those_of_the_training_loss(params, sequences):
     gap = ((guess - np.asarray(sequences["ridge"])) ** 2).mean(axis=0)
     np.testing.assert_allclose(found["to_ridge"], gap, rtol=1e-5)
     np.testing.assert_allclose(found["prediction_square"], (guess**2).mean(axis=0), rtol=1e-5)
+    ridge = ((np.asarray(sequences["ridge"]) - np.asarray(sequences["y"])) ** 2).mean(axis=0)
+    np.testing.assert_allclose(found["ridge_loss"], ridge, rtol=1e-5)
 
 
 def test_inputs_and_tasks_out_of_distribution_are_told_apart(params, sequences):
@@ -89,7 +91,7 @@ def test_inputs_and_tasks_out_of_distribution_are_told_apart(params, sequences):
 
 def test_means_do_not_depend_on_how_many_sequences_fit_in_memory(monkeypatch, params, sequences):
     whole = measured(params, sequences)
-    monkeypatch.setattr(regression, "MAX_CHUNK", 7)  # 48 = 8 chunks of 6
+    monkeypatch.setattr(regression, "MAX_CHUNK", 10)  # 48 in 5 chunks of 10, the last not full
     chunked = regression.Behavior(MODEL, GAINS)(0, params, sequences, sequences)
     for name, value in whole.items():
         np.testing.assert_allclose(chunked[name], value, rtol=1e-5, err_msg=name)
@@ -116,6 +118,19 @@ def test_a_finite_prior_adds_its_optimal_predictor(params):
     )
     clean = jnp.einsum("bkd,bd->bk", alone["x"], alone["t"])
     np.testing.assert_allclose(alone["dmmse"], clean, atol=1e-5)
+
+
+def test_scores_of_learning_in_context_tell_early_from_late():
+    task = RegressionTask(dim=3, num_examples=6)
+    model = RegressionTransformer(
+        num_layers=1, num_heads=2, d_model=16, d_mlp=8, num_examples=6, dim=3
+    )
+    batch = regression.evaluation_set(jax.random.key(0), task, 20)
+    found = regression.Behavior(model)(0, init_params(jax.random.key(1), model), batch, batch)
+    loss = np.asarray(found["loss"], np.float64)
+    exact = [loss[5] - loss[0], loss[3] - loss[0], loss[5] - loss[3]]
+    np.testing.assert_allclose(found["icl"], exact, atol=1e-4)
+    assert len({round(x, 2) for x in exact}) == 3
 
 
 def test_scores_of_learning_in_context(params, sequences):
@@ -268,6 +283,7 @@ def test_structure_of_a_checkpoint(params, sequences):
     squares = sum(float(np.sum(np.square(x, dtype=np.float64))) for x in jax.tree.leaves(params))
     assert found["weight_norm"] == pytest.approx(math.sqrt(squares), rel=1e-6)
     # The last token: no prediction depends on it, and the attention measured neither.
+    assert "lapack" not in jax.jit(structure.Structure(MODEL)).lower(0, params, batch).as_text()
     other = structure.Structure(MODEL)(0, params, batch | {"y": batch["y"].at[:, -1].add(9.0)})
     np.testing.assert_allclose(other["attention_distance"], found["attention_distance"], rtol=1e-5)
 
@@ -303,9 +319,9 @@ def test_bad_checkpoints_are_refused():
 
 
 def test_tables_name_every_number(params, sequences):
-    found = measured(params, sequences) | structure.Structure(MODEL)(
-        0, params, {name: sequences[name] for name in ("x", "y")}
-    )
+    batch = {name: sequences[name] for name in ("x", "y")}
+    found = measured(params, sequences) | structure.Structure(MODEL)(0, params, batch)
+    found |= structure.embeddings(params)
     one = datasets.dataset(found, GAINS, structure.layer_norm_names(params))
     both = one.expand_dims(checkpoint=[0]).combine_first(one.expand_dims(checkpoint=[10]))
     table = datasets.behavior_table(both)

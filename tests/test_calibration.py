@@ -24,6 +24,7 @@ from llc_jax.pilot import (
     MARGIN,
     Pilot,
     Settled,
+    all_finite,
     fitted,
     relaxation_steps,
     stiffness_of,
@@ -380,12 +381,24 @@ def test_a_guess_that_overshoots_is_taken_back():
     gamma = np.array([1.0, 40.0])
     pilot = Pilot(quadratic, ORIGIN, curvatures(GAP), SGLD(1.0), 0.4, 400, {"num_chains": 2})
     stiffest = 30.0 * GAP.max() + gamma
-    found = pilot.settle(jax.random.key(0), np.full(2, 30.0), gamma, 3 * stiffest)
+    nbetas = np.full(2, 30.0)
+    found = pilot.settle(jax.random.key(0), nbetas, gamma, 3 * stiffest, 0.9 * stiffest)
     assert found.settled.all()
     # Only where the chains were long enough to tell.
     relaxed = pilot.relaxations(3 * stiffest, gamma) >= RELAXATIONS
     np.testing.assert_array_equal(relaxed, [False, True])
     np.testing.assert_allclose(found.stiffness, np.where(relaxed, 1, 3) * stiffest, rtol=0.01)
+    # Never below that at the anchor, where the chains start.
+    floor = pilot.settle(jax.random.key(0), nbetas, gamma, 3 * stiffest, 1.5 * stiffest)
+    assert floor.stiffness[1] == 1.5 * stiffest[1]
+
+
+def test_a_chain_that_diverged_makes_what_the_others_found_no_proof():
+    class Measured(NamedTuple):
+        stability: np.ndarray
+
+    found = [Measured(np.array([0.3, 0.5])), Measured(np.array([0.3, np.nan]))]
+    np.testing.assert_array_equal(all_finite(found), [True, False])
 
 
 def test_curvature_at_an_anchor_in_half_precision():

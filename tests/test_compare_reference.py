@@ -85,7 +85,7 @@ def run(tmp_path):
                  "far_inputs_loss_g10", "far_tasks_loss_g3"):  # fmt: skip
         for k in tokens:
             values[f"{name}_{k}"] = curve(STEPS) + 2
-            values[f"{name}_{k}_stderr"] = np.zeros(STEPS.size)
+            values[f"{name}_{k}_stderr"] = np.full(STEPS.size, 3.0 if "far" in name else 0.0)
     for pair in ("8_1", "4_1", "8_4"):
         values[f"icl_{pair}"] = np.ones(STEPS.size)
     frame = pandas.DataFrame(values, index=pandas.Index(STEPS, name="step"))
@@ -116,8 +116,13 @@ def test_planted_deviations_and_boundaries_are_found(run, capsys):
     assert (folder / "comparison.png").stat().st_size > 0
     assert "Hessian trace, ours" in text
     # One rise, no boundary within.
-    assert "| Hessian trace, recorded seed 0, all | none |" in text
+    assert "| Hessian trace, recorded run 1, whole | none |" in text
     assert "LLC" not in table.quantity.values
+    # Errors of 1,024 sequences of ours and 8,192 of theirs, beside a half band of 1.
+    far = table[table.quantity == "loss, inputs x 3"]
+    half = np.sqrt(1 + 9 * (1 + 1024 / 8192))
+    np.testing.assert_allclose(far.half_band, half, rtol=1e-4)
+    np.testing.assert_allclose(far.deviation, 1 / half, rtol=1e-4)
 
 
 def test_folders_without_what_it_takes_are_refused(run, tmp_path):

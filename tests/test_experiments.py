@@ -174,6 +174,7 @@ def test_behavior_is_that_of_the_library_and_resumes(copy):
     before = hashes(folder, "*.nc") | hashes(folder, "*.csv")
     results.result_path(folder, steps[1]).unlink()
     (folder / "attention.csv").unlink()
+    (folder / "behavior.csv").write_text("stale")
     measure_behavior.run(config)
     assert hashes(folder, "*.nc") | hashes(folder, "*.csv") == before
     with pytest.raises(ValueError, match="num_far: 32 before, 16 now"):
@@ -201,6 +202,14 @@ def test_trajectory_is_the_pca_of_the_predictions(copy, capsys):
     capsys.readouterr()
     measure_trajectory.run(config)
     assert "up to date" in capsys.readouterr().out
+    # A table that is not the one of the record, as after a kill between the two, is made again.
+    csv = copy / "trajectory" / "trajectory.csv"
+    whole = csv.read_bytes()
+    csv.write_bytes(whole[:-30])
+    measure_trajectory.run(config)
+    assert csv.read_bytes() == whole
+    with pytest.raises(ValueError, match="num_components=1: give 2 to"):
+        measure_trajectory.run(dataclasses.replace(config, num_components=1))
     # Blocks are a matter of memory; two equal runs share their components.
     again = dataclasses.replace(config, block=5, also=str(shutil.copytree(copy, copy / "twin")))
     measure_trajectory.run(again)
@@ -217,6 +226,9 @@ def test_some_checkpoints_first_and_the_rest_later(copy):
     shutil.rmtree(copy / "llc")
     estimate_llc.run(llc_config(copy, checkpoints=f"{steps[-1]},{steps[1]}"))
     assert results.finished_steps(copy / "llc") == [steps[1], steps[-1]]
+    with pytest.raises(ValueError, match="num_draws"):
+        estimate_llc.run(llc_config(copy, name="other", num_draws=0))
+    estimate_llc.run(llc_config(copy, name="other", checkpoints=f"{steps[0]}"))
     with pytest.raises(ValueError, match=r"checkpoints=\[12345\]: there are none"):
         estimate_llc.run(llc_config(copy, checkpoints="12345"))
     with pytest.raises(ValueError, match="checkpoints='1;2'"):
@@ -250,7 +262,11 @@ def test_variations_of_the_settings(copy):
         vary_llc.PRESETS["smoke"], workdir=str(copy), data_sizes="32", batch_sizes="16", seeds="3",
         num_checkpoints=1,
     )  # fmt: skip
-    vary_llc.run(config)
+    with pytest.raises(ValueError, match="no minibatch may be larger"):
+        vary_llc.run(dataclasses.replace(config, batch_sizes="256"))
+    with pytest.raises(ValueError, match="numbers separated by commas"):
+        vary_llc.run(dataclasses.replace(config, seeds="0,x"))
+    vary_llc.run(config)  # what was refused has left nothing behind
     folder = copy / "variations"
     lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
     records = workdirs.read_jsonl(folder / "records.jsonl")
@@ -262,7 +278,7 @@ def test_variations_of_the_settings(copy):
     assert abs(still["llc"]) < 0.5
     [mean] = [r for r in records if r["value"] == "mean"]
     model, task = train_regression.setting(train_config(copy))
-    step = train_regression.schedule(train_config(copy))[0]
+    step = train_regression.schedule(train_config(copy))[-1]
     estimate = llc_jax.estimate_llc(
         jax.random.key(config.seed), RegressionLoss(model),
         CheckpointDir(copy / "checkpoints").restore_params(step),
@@ -316,7 +332,7 @@ def test_second_run_changes_nothing(copy, capsys):
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
     quickstart.run(quickstart.Config(workdir=str(copy), preset="smoke"))
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()} == before
-    assert capsys.readouterr().out.count("done") == 3
+    assert capsys.readouterr().out.count("done") == 4
 
 
 def test_same_command_same_bits(run, tmp_path):

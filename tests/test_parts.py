@@ -106,6 +106,22 @@ def test_parts_of_full_batches_and_of_several_checkpoints():
         assert found.parts.sum() == pytest.approx(found.mean, rel=1e-5)
 
 
+def test_micro_batches_change_nothing():
+    few = {"num_chains": 2, "num_draws": 30, "num_burnin": 5}
+    np.testing.assert_allclose(run(grad_accum=2, **few).parts, run(**few).parts, rtol=1e-3)
+
+
+def half(params, batch):
+    return by_direction(params, batch).astype(jnp.bfloat16)
+
+
+def test_means_of_half_precision_parts_are_not_rounded():
+    few = {"num_chains": 2, "num_draws": 30, "num_burnin": 5}
+    exact, rounded = run(**few), run(parts_fn=half, **few)
+    # Single parts are rounded to 0.4 %, not their means once more.
+    np.testing.assert_allclose(rounded.parts[1:], exact.parts[1:], atol=20 * 0.004 * 0.05)
+
+
 def test_a_diverged_chain_is_left_out():
     def doomed(params, batch):
         return quadratic(params, batch) * jnp.where(params["w"][1] > 0.5, jnp.nan, 1.0)

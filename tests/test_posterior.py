@@ -74,7 +74,7 @@ def test_mean_loss_is_taken_in_float32():
 @pytest.mark.parametrize("grad_accum", [1, 2, 4, 8])
 def test_accumulated_loss_and_gradient_equal_those_of_the_whole_batch(grad_accum):
     # Small integers: every sum is exact in float32, so equal means equal.
-    loss, grad = loss_and_grad(regression_loss, WEIGHTS, REGRESSION, grad_accum)
+    loss, grad, _ = loss_and_grad(regression_loss, WEIGHTS, REGRESSION, grad_accum)
     x, y = REGRESSION["x"].astype(np.float64), REGRESSION["y"].astype(np.float64)
     error = x @ WEIGHTS["w"] + WEIGHTS["b"] - y
     assert loss == 0.5 * np.mean(error**2)
@@ -86,9 +86,9 @@ def test_accumulated_loss_and_gradient_equal_those_of_the_whole_batch(grad_accum
 def test_gradients_of_half_precision_weights_are_accumulated_in_float32(grad_accum):
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), WEIGHTS)
     data = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), REGRESSION)
-    loss, grad = loss_and_grad(regression_loss, half, data, grad_accum)
+    loss, grad, _ = loss_and_grad(regression_loss, half, data, grad_accum)
     assert {x.dtype for x in jax.tree.leaves((loss, grad))} == {jnp.dtype(jnp.float32)}
-    _, full = loss_and_grad(regression_loss, WEIGHTS, REGRESSION, 1)
+    _, full, _ = loss_and_grad(regression_loss, WEIGHTS, REGRESSION, 1)
     # 2^-8 is the rounding of bfloat16, in which each micro-batch is differentiated.
     scale = np.max(np.abs(full["w"]))
     np.testing.assert_allclose(grad["w"], full["w"], atol=4 * 2**-8 * scale)

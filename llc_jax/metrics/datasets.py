@@ -13,7 +13,8 @@ _BEHAVIOR = {
     "far_inputs_loss": ("gain", "token"),
     "far_tasks_loss": ("gain", "token"),
     **dict.fromkeys(
-        ("loss", "prediction_square", "to_ridge", "to_one_sample", "to_dmmse"), ("token",)
+        ("loss", "prediction_square", "ridge_loss", "to_ridge", "to_one_sample", "to_dmmse"),
+        ("token",),
     ),
 }
 _STRUCTURE = {

@@ -72,7 +72,8 @@ class Behavior:
           icl [3]: loss at one example minus that at an earlier one, see `icl_pairs`: negative if
             the model learns in context.
           prediction_square [K]: yhat squared; 0 for a model that predicts zero, the mean of the
-            task prior.
+            Gaussian prior.
+          ridge_loss [K]: that of ridge on the same sequences, the least there is for that prior.
           to_ridge, to_one_sample and, if there is one, to_dmmse [K]: squared distance to these.
           far_inputs_loss [G, K]: squared error where inputs are g times as large, x -> g x.
           far_tasks_loss [G, K]: squared error where tasks are, t -> g t.
@@ -94,6 +95,7 @@ class Behavior:
                     axis=-1,
                 ),
                 "prediction_square": guess**2,
+                "ridge_loss": (batch["ridge"] - batch["y"]) ** 2,
                 **distances,
             }
 
@@ -134,22 +136,26 @@ def mean_over_sequences(function, batch: Batch) -> dict[str, jax.Array]:
       {name: mean, name_stderr: sqrt(variance / B)}.
     """
     size = jax.tree.leaves(batch)[0].shape[0]
-    chunk = max(n for n in range(1, min(size, MAX_CHUNK) + 1) if size % n == 0)
-    parts = jax.tree.map(lambda x: x.reshape(size // chunk, chunk, *x.shape[1:]), batch)
+    count = -(-size // MAX_CHUNK)
+    chunk = -(-size // count)
+    rows = jnp.arange(count * chunk)
+    parts = jax.tree.map(lambda x: x[rows % size].reshape(count, chunk, *x.shape[1:]), batch)
+    kept = (rows < size).astype(jnp.float32).reshape(count, chunk)  # the last chunk is filled up
 
-    def moments(part):
-        return {name: (_mean(x), _mean(x**2)) for name, x in function(part).items()}
+    def moments(inputs):
+        part, weight = inputs
+
+        def mean(x):
+            return jnp.tensordot(weight, x.astype(jnp.float32), axes=1) / size
+
+        return {name: (mean(x), mean(x**2)) for name, x in function(part).items()}
 
     found = {}
-    for name, sums in jax.lax.map(moments, parts).items():
-        mean, square = map(_mean, sums)
+    for name, sums in jax.lax.map(moments, (parts, kept)).items():
+        mean, square = (jnp.sum(x, axis=0) for x in sums)
         found[name] = mean
         found[f"{name}_stderr"] = jnp.sqrt(jnp.maximum(square - mean**2, 0.0) / size)
     return found
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    return jnp.mean(x, axis=0)
 
 
 def _outputs(batch: Batch) -> jax.Array:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llc_jax.data.regression import to_tokens
@@ -39,14 +40,14 @@ class Structure:
 
         Returns:
           attention_entropy, ... [L, H, T]: see `attention_statistics`, T = 2K - 1.
-          The fields of `embeddings`, `layer_norms` and `unembedding`, and weight_norm, the
-          Euclidean norm of all weights.
+          The fields of `layer_norms` and `unembedding`, and weight_norm, the Euclidean norm of all
+          weights. Not those of `embeddings`, which is for the host: LAPACK within a program for
+          several CPU devices can deadlock.
         """
         attention = attention_patterns(self.model, params, batch)[..., :-1, :-1]
         heads = jax.vmap(attention_statistics)(attention)
         return {
             **{f"attention_{name}": value for name, value in heads.items()},
-            **embeddings(params),
             **layer_norms(params),
             **unembedding(params),
             "weight_norm": optax.tree.norm(params),
@@ -102,8 +103,8 @@ def attention_statistics(attention: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def embeddings(params: Params) -> dict[str, jax.Array]:
-    """Says how many dimensions the embeddings use, and whether they share them.
+def embeddings(params: Params) -> dict[str, np.ndarray]:
+    """Says how many dimensions the embeddings use, and whether they share them; on the host.
 
     Returns:
       token_singular_values [D + 1] and position_singular_values [2K], decreasing: a matrix that
@@ -112,15 +113,19 @@ def embeddings(params: Params) -> dict[str, jax.Array]:
         lies in the space spanned by the position embeddings; about sqrt(2K / C) for unrelated
         ones.
     """
-    token_ExC, position_TxC = params["token_embed"]["kernel"], params["position_embed"]
-    _, values_T, basis_TxC = jnp.linalg.svd(position_TxC, full_matrices=False)
-    spanned = values_T > jnp.finfo(values_T.dtype).eps * max(position_TxC.shape) * values_T[0]
-    inside_ExT = jnp.where(spanned[None], token_ExC @ basis_TxC.T, 0.0)
+    token_ExC, position_TxC = (
+        np.asarray(x, np.float64)
+        for x in (params["token_embed"]["kernel"], params["position_embed"])
+    )
+    _, values_T, basis_TxC = np.linalg.svd(position_TxC, full_matrices=False)
+    # What float32 weights cannot tell from 0.
+    spanned = values_T > np.finfo(np.float32).eps * max(position_TxC.shape) * values_T[0]
+    inside_ExT = token_ExC @ basis_TxC[spanned].T
     return {
-        "token_singular_values": jnp.linalg.svd(token_ExC, compute_uv=False),
+        "token_singular_values": np.linalg.svd(token_ExC, compute_uv=False),
         "position_singular_values": values_T,
-        "embedding_overlap": jnp.linalg.norm(inside_ExT, axis=-1)
-        / jnp.linalg.norm(token_ExC, axis=-1),
+        "embedding_overlap": np.linalg.norm(inside_ExT, axis=-1)
+        / np.linalg.norm(token_ExC, axis=-1),
     }
 
 
