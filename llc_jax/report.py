@@ -85,8 +85,9 @@ _CAPTIONS = {
     " token embedding lies in the span of the position embeddings; and the map from the last layer"
     " norm to the prediction.",
     "trajectory": "The predictions on fixed sequences, projected on their principal components"
-    " over the run. Circles touch the path; the thin line through their centres is its evolute."
-    " Below, the components over training.",
+    " over the run (dots: checkpoints). Circles touch the path; the thin line through their centres"
+    " is its evolute; both are left out if there are few checkpoints. Below, the components over"
+    " training.",
     "curvature": "Curvature at the checkpoints themselves, under λ̂ and its stages. What λ̂ would"
     " be if the loss were its quadratic form around the checkpoint, at the same nbeta and"
     " localization: where the two differ, second order misses something. Below, trace and"

@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike
 from llc_jax import figures
 from llc_jax.metrics.trajectory import PCA, cusps, osculating_circles, smooth_path, vertices
 
+FEW = 25  # checkpoints, below which a smooth path through them has no geometry worth drawing
+
 
 def trajectory_figure(
     steps: ArrayLike,
@@ -24,7 +26,8 @@ def trajectory_figure(
 ) -> Figure:
     """Draws pairs of components as plane curves with their geometry, above each over training.
 
-    Dots are checkpoints; lines and their geometry are those of `smooth_path`.
+    Dots are checkpoints; lines and their geometry are those of `smooth_path`. Fewer than `FEW`
+    checkpoints are joined by straight lines, without geometry.
 
     Args:
       steps: of the fitted rows, ascending, shape [n].
@@ -44,7 +47,7 @@ def trajectory_figure(
         )
     if labels is None:
         labels = {stage.end: f"{i}|{i + 1}" for i, stage in enumerate(stages[:-1], 1)}
-    times, path = smooth_path(steps, scores)
+    times, path = (steps, scores) if n < FEW else smooth_path(steps, scores)
     axis_names = [f"PC{i + 1} ({share:.1%} of variance)" for i, share in enumerate(pca.explained)]
     marks = list(zip(references, itertools.cycle("*PXsd"), ideal, strict=False))
     look = {"mec": "white", "color": figures.PURPLE, "zorder": 6}
@@ -58,6 +61,8 @@ def trajectory_figure(
         _frame(ax, np.concatenate([scores, ideal[: len(marks)]])[:, pair])
         ax.plot(*scores[:, pair].T, ".", ms=3, color="0.55", zorder=1, label="checkpoint")
         line = path_in_plane(ax, times, path[:, pair], shade)
+        if n >= FEW:
+            geometry_in_plane(ax, path[:, pair])
         for name, marker, point in marks:
             ax.plot(*point[pair], marker, ms=9, label=name.replace("$", r"\$"), **look)
         for step, text in labels.items():
@@ -95,12 +100,20 @@ def trajectory_figure(
 
 
 def path_in_plane(
-    ax: Axes, steps: np.ndarray, path: np.ndarray, shade: colors.Normalize
+    ax: Axes, steps: np.ndarray, path: np.ndarray, shade: colors.Normalize | None
 ) -> LineCollection:
-    """Draws a smooth curve [G, 2] coloured by step [G], which it returns, with its geometry.
+    """Draws a curve [G, 2] coloured by step [G], which it returns."""
+    segments = np.stack([path[:-1], path[1:]], axis=1)
+    line = LineCollection(segments, array=steps[1:], norm=shade, cmap="viridis", lw=2.2, zorder=3)
+    ax.add_collection(line, autolim=False)
+    return line
 
-    Evolute, vertices and cusps are shown where the centres are in sight and the path moves. The
-    limits of the axes must be set.
+
+def geometry_in_plane(ax: Axes, path: np.ndarray) -> None:
+    """Draws circles, evolute, vertices and cusps of a smooth curve [G, 2].
+
+    These are shown where the centres are in sight and the path moves. The limits of the axes must
+    be set.
     """
     circles = osculating_circles(path)
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
@@ -120,16 +133,12 @@ def path_in_plane(
     ax.plot([], [], color="0.6", lw=0.6, label="osculating circle")
     evolute = np.where(clear[:, None], circles.centres, np.nan)
     ax.plot(*evolute.T, color=figures.INK, lw=0.7, zorder=2, label="evolute")
-    segments = np.stack([path[:-1], path[1:]], axis=1)
-    line = LineCollection(segments, array=steps[1:], norm=shade, cmap="viridis", lw=2.2, zorder=3)
-    ax.add_collection(line, autolim=False)
     for rows, marker, color, label in (
         (vertices(path, circles), "D", figures.ORANGE, "vertex"),
         (cusps(path), "v", "black", "cusp"),
     ):
         shown = path[rows[clear[rows]]]
         ax.plot(*shown.T, marker, ms=4, mfc="white", mec=color, mew=1.3, zorder=4, label=label)
-    return line
 
 
 def _frame(ax: Axes, points: np.ndarray) -> None:

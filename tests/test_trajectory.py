@@ -17,7 +17,7 @@ from llc_jax.metrics.trajectory import (
     vertices,
 )
 from llc_jax.stages import Stage
-from llc_jax.trajectory_figures import path_in_plane, trajectory_figure
+from llc_jax.trajectory_figures import geometry_in_plane, trajectory_figure
 
 # Rows around a mean that is not 0; the last 3 are to be projected.
 ROWS = np.random.default_rng(0).normal(np.linspace(-2, 2, 60), np.geomspace(1, 0.01, 60), (23, 60))
@@ -338,7 +338,7 @@ def test_marks_are_those_of_the_curve_in_sight():
     t = closed(400)
     curve = np.stack([3 * np.cos(t), 2 * np.sin(t)], axis=1)
     ax.set(xlim=(-3.5, 3.5), ylim=(-2.2, 3.5))  # the lowest centre of the four is at -2.5
-    path_in_plane(ax, np.arange(t.size), curve, None)
+    geometry_in_plane(ax, curve)
     lines = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     expected = [[3, 0], [-3, 0], [0, -2]]
     np.testing.assert_allclose(lines["vertex"].get_xydata(), expected, atol=1e-12)
@@ -360,6 +360,14 @@ def test_every_size_of_trajectory_can_be_drawn(num, num_references, num_componen
     assert figures.png(figure, dpi=30).startswith(b"\x89PNG")
     alone = trajectory_figure(steps, pca)
     assert "predictor 0" not in alone.axes[0].get_legend_handles_labels()[1]
+
+
+def test_few_checkpoints_are_joined_and_nothing_is_made_of_it():
+    steps, pca = drawn(13)
+    ax = trajectory_figure(steps, pca).axes[0]
+    assert ax.get_legend_handles_labels()[1] == ["checkpoint"]
+    (line,) = (c for c in ax.collections if isinstance(c, matplotlib.collections.LineCollection))
+    np.testing.assert_array_equal([s[0] for s in line.get_segments()], pca.scores[:12, :2])
 
 
 def test_components_that_vanish_can_be_drawn():
