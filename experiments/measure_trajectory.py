@@ -124,7 +124,7 @@ def run(config: Config, phase: str = "trajectory") -> None:
             cli.progress(counted(), phase, count, "blocks"),
             config.num_components, len(checkpoints),
         )  # fmt: skip
-        rows = [(name, step) for name, of in zip(runs, steps, strict=True) for step in of]
+        rows = [(number, step) for number, of in enumerate(steps, 1) for step in of]
         write_atomic(out, table(rows, names, pca.scores))
         write_json(path, {
             **inputs,
@@ -141,12 +141,12 @@ def run(config: Config, phase: str = "trajectory") -> None:
 
 
 def table(rows, names, scores: np.ndarray) -> str:
-    """One line per checkpoint, then one per known predictor."""
+    """One line per checkpoint of each run, numbered from 1, then one per known predictor."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "step", *(f"pc{i + 1}" for i in range(scores.shape[1]))])
-    for (name, step), score in zip(rows, scores, strict=False):
-        writer.writerow([name, step, *score.tolist()])
+    for (number, step), score in zip(rows, scores, strict=False):
+        writer.writerow([number, step, *score.tolist()])
     for name, score in zip(names, scores[len(rows) :], strict=True):
         writer.writerow([name, "", *score.tolist()])
     return out.getvalue()

@@ -406,7 +406,7 @@ def test_changed_settings_are_refused(copy, experiment, config):
 def test_empty_workdir(tmp_path):
     with pytest.raises(ValueError, match="holds no training run"):
         estimate_llc.run(llc_config(tmp_path))
-    with pytest.raises(ValueError, match="no estimates"):
+    with pytest.raises(ValueError, match="no results"):
         find_stages.run(find_stages.Config(str(tmp_path)))
 
 

@@ -62,7 +62,7 @@ def test_only_result_files_count(tmp_path):
     (tmp_path / "notes.nc").write_text("")
     (tmp_path / ".000000001.nc.77.tmp").write_text("")
     assert results.finished_steps(tmp_path) == []
-    with pytest.raises(ValueError, match="no estimates"):
+    with pytest.raises(ValueError, match="no results"):
         results.load_sweep(tmp_path)
 
 
