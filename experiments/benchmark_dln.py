@@ -11,14 +11,13 @@ of the error is that of finite nβ and γ, from the exact value at these setting
 """
 
 import dataclasses
-import io
 import pathlib
 import time
 from typing import Any
 
 import numpy as np
 
-from experiments import cli, workdir
+from experiments import cli, dln_summary, workdir
 from experiments.calibrate_sgld import numbers
 from experiments.cli import option
 
@@ -67,6 +66,7 @@ PRESETS = {
 
 # One step size per sampler as a fraction of 1/Λ: small where the step biases the law.
 STEP_FRACTION = {"BAOAB": 0.4, "SGNHT": 0.4, "SGLD": 0.1, "MALA": 0.1}
+GENERATORS, LOSSES = ("aligned", "svd_truncated", "zeroed"), ("population", "minibatch")
 GRADIENTS_PER_STEP = {"MALA": 2}
 FINITE_SWEEPS = 400
 
@@ -98,14 +98,12 @@ def network(config: Config, index: int):
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     shape_key, weight_key, chain_key = jax.random.split(key, 3)
     widths, rank = deep_linear.random_architecture(shape_key, config.class_name)
-    generators = {
+    makers = {
         "aligned": lambda: deep_linear.aligned(weight_key, widths, rank),
         "svd_truncated": lambda: deep_linear.svd_truncated(weight_key, widths),
         "zeroed": lambda: deep_linear.zeroed(weight_key, widths),
     }
-    if config.generator not in generators:
-        raise ValueError(f"generator={config.generator!r}: choose from {', '.join(generators)}.")
-    return widths, generators[config.generator](), chain_key
+    return widths, makers[config.generator](), chain_key
 
 
 def measure(config: Config, name: str, index: int) -> dict[str, Any]:
@@ -123,8 +121,6 @@ def measure(config: Config, name: str, index: int) -> dict[str, Any]:
         loss_fn = deep_linear.MinibatchLoss()
         data = deep_linear.sample_data(data_key, net.target, config.num_data)
         options["batch_size"] = config.batch_size
-    elif config.loss != "population":
-        raise ValueError(f"loss={config.loss!r}: choose population or minibatch.")
     start = time.perf_counter()
     calibration = llc_jax.calibrate(
         calibration_key, loss_fn, net.params, data, sampler=sampler_named(name),
@@ -189,113 +185,6 @@ def value_at(config: Config, record: dict[str, Any]) -> dict[str, float]:
     return {"finite": found.mean, "finite_stderr": found.stderr}
 
 
-def order_preserved(true: np.ndarray, found: np.ndarray) -> float:
-    """Share of the pairs with different true values whose estimates are in the same order."""
-    upper = np.triu_indices(len(true), 1)
-    true_sign = np.sign(true[:, None] - true[None])[upper]
-    found_sign = np.sign(found[:, None] - found[None])[upper]
-    different = true_sign != 0
-    right = true_sign[different] == found_sign[different]
-    return float(right.mean()) if right.size else np.nan
-
-
-def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per sampler: errors against the reference, and the work."""
-    rows = []
-    for name in dict.fromkeys(r["sampler"] for r in records):
-        mine = [r for r in records if r["sampler"] == name]
-        # Rank 0 and λ = 0 do not occur: widths are at least 5.
-        true = np.array([r["aoyagi"] if r["exact"] is None else r["exact"] for r in mine])
-        found = np.array([r["llc"] for r in mine], float)
-        finite = np.isfinite(found)
-        relative = (found - true)[finite] / true[finite]
-        settings = np.array([r["finite"] for r in mine], float)[finite] / true[finite] - 1
-        rows.append({
-            "sampler": name,
-            "networks": len(mine),
-            "failed": int((~finite).sum()),
-            "median_relative_error": float(np.median(np.abs(relative))),
-            "p95_relative_error": float(np.quantile(np.abs(relative), 0.95)),
-            "mean_relative_bias": float(relative.mean()),
-            "median_error_of_settings": float(np.median(np.abs(settings))),
-            "median_error_of_sampler": float(np.median(np.abs(relative - settings))),
-            "p95_error_of_sampler": float(np.quantile(np.abs(relative - settings), 0.95)),
-            "order_preserved": order_preserved(true[finite], found[finite]),
-            "median_relative_stderr": float(np.median([r["stderr"] / r["llc"] for r in mine])),
-            "share_without_warning": float(np.mean([r["verdict"] == "ok" for r in mine])),
-            "median_gradients": float(np.median([r["gradients"] for r in mine])),
-            "median_gradients_of_calibration": float(
-                np.median([r["gradients_of_calibration"] for r in mine])),
-            "median_seconds": float(np.median([r["seconds"] for r in mine])),
-            "median_seconds_of_calibration": float(
-                np.median([r["seconds_of_calibration"] for r in mine])),
-        })  # fmt: skip
-    return rows
-
-
-def csv_text(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as CSV."""
-    import csv
-
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The summary as a Markdown table."""
-    head = ["sampler", "networks", "median error", "95th percentile", "mean bias",
-            "by finite nβ, γ: median", "by the sampler: median, 95th percentile", "order kept",
-            "gradients (calibration + estimate)", "seconds, compiling included"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for r in rows:
-        cells = [
-            r["sampler"], str(r["networks"]) + (f" ({r['failed']} failed)" if r["failed"] else ""),
-            f"{r['median_relative_error']:.1%}", f"{r['p95_relative_error']:.1%}",
-            f"{r['mean_relative_bias']:+.1%}", f"{r['median_error_of_settings']:.1%}",
-            f"{r['median_error_of_sampler']:.1%}, {r['p95_error_of_sampler']:.1%}",
-            f"{r['order_preserved']:.3f}",
-            f"{r['median_gradients_of_calibration']:.2g} + {r['median_gradients']:.2g}",
-            f"{r['median_seconds_of_calibration']:.0f} + {r['median_seconds']:.0f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def figure(records: list[dict[str, Any]], title: str):
-    """Estimated against true coefficient, and the relative error, a colour per sampler."""
-    from llc_jax.figures import CHAIN_COLORS, INK, LLC, VERMILLION, InlineFigure
-
-    fig = InlineFigure(figsize=(10, 4.2), layout="constrained")
-    left, right = fig.subplots(1, 2)
-    colors = [*CHAIN_COLORS, VERMILLION, INK]
-    for i, name in enumerate(dict.fromkeys(r["sampler"] for r in records)):
-        mine = [r for r in records if r["sampler"] == name]
-        true = np.array([r["aoyagi"] if r["exact"] is None else r["exact"] for r in mine])
-        found, error = (np.array([r[k] for r in mine], float) for k in ("llc", "stderr"))
-        style = {
-            "fmt": "o",
-            "ms": 4,
-            "color": colors[i % len(colors)],
-            "elinewidth": 1,
-            "alpha": 0.8,
-        }
-        left.errorbar(true, found, error, label=name, **style)
-        right.errorbar(true, 100 * (found / true - 1), 100 * error / true, **style)
-    span = [min(r["aoyagi"] for r in records), max(r["aoyagi"] for r in records)]
-    left.plot(span, span, color=INK, lw=1, label="exact")
-    left.set(xscale="log", yscale="log", xlabel="true λ", ylabel=f"estimated {LLC} ± 1 s.e.")
-    left.legend(fontsize=8)
-    right.axhline(0, color=INK, lw=1)
-    right.axhspan(-5, 5, color=INK, alpha=0.1, lw=0, label="± 5 %")
-    right.set(xscale="log", xlabel="true λ", ylabel="relative error, %")
-    right.legend(fontsize=8)
-    fig.suptitle(title)
-    return fig
-
-
 def run(config: Config, phase: str = "dln") -> None:
     """Measures what is missing and writes the summary."""
     import jax
@@ -309,9 +198,12 @@ def run(config: Config, phase: str = "dln") -> None:
     names = config.samplers.split(",")
     for name in names:
         sampler_named(name)
+    for name, known in (("generator", GENERATORS), ("loss", LOSSES)):
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name}={getattr(config, name)!r}: choose from {', '.join(known)}.")
     growing = ("samplers", "num_networks", "first_network")
     with workdir.lock(folder, "dln"):
-        identity = {k: v for k, v in cli.identity(config).items() if k not in growing}
+        identity = cli.identity(config, growing)
         line = cli.command("benchmark_dln", config.preset, config, PRESETS[config.preset])
         workdir.settle(folder / "config.json", identity, {"command": line})
         path = folder / "records.jsonl"
@@ -332,13 +224,16 @@ def run(config: Config, phase: str = "dln") -> None:
         for _ in cli.progress(records(), phase, len(todo), "networks"):
             pass
         found = workdir.read_jsonl(path)
-        rows = summary(found)
-        write_atomic(folder / "records.csv", csv_text(found))
-        write_atomic(folder / "summary.csv", csv_text(rows))
-        write_atomic(folder / "summary.md", f"`{line}`\n\n{markdown(rows)}")
+        rows = dln_summary.summary(found)
+        write_atomic(folder / "records.csv", workdir.csv_text(found))
+        write_atomic(folder / "summary.csv", workdir.csv_text(rows))
+        write_atomic(folder / "summary.md", f"`{line}`\n\n{dln_summary.markdown(rows)}")
         title = f"Deep linear networks, class {config.class_name}, {config.generator}"
-        write_atomic(folder / "estimates.png", png(figure(found, title)))
-    cli.say(markdown(rows) + f"{phase}: wrote {folder}/summary.md, records.csv, estimates.png")
+        write_atomic(folder / "estimates.png", png(dln_summary.figure(found, title)))
+    cli.say(
+        dln_summary.markdown(rows)
+        + f"{phase}: wrote {folder}/summary.md, records.csv, estimates.png"
+    )
 
 
 if __name__ == "__main__":

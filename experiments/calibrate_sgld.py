@@ -8,7 +8,6 @@ sizes, nbeta and localization; pilot chains at the others see to it that the ste
 """
 
 import dataclasses
-import io
 import pathlib
 
 import numpy as np
@@ -174,21 +173,17 @@ def proposed(config: Config, settings) -> estimate_llc.Config:
 
 def table(sweep) -> str:
     """The grid as CSV, one line per setting."""
-    import csv
-
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["step_fraction", "step_size", "nbeta", "localization", "llc", "stderr", "rhat",
-                     "ess", "acceptance", "stability", "distance", "verdict"])  # fmt: skip
-    for e, b, g in np.ndindex(sweep.estimates.shape):
-        estimate = sweep.estimates[e, b, g]
-        writer.writerow([
-            sweep.step_fractions[e], sweep.step_sizes[e, b, g], sweep.nbetas[b],
-            sweep.localizations[g], estimate.mean, estimate.stderr, estimate.rhat, estimate.ess,
-            estimate.acceptance.mean(), estimate.stability.max(), estimate.distance.mean(),
-            estimate.verdict,
-        ])  # fmt: skip
-    return out.getvalue()
+    return workdir.csv_text([
+        {
+            "step_fraction": sweep.step_fractions[e], "step_size": sweep.step_sizes[e, b, g],
+            "nbeta": sweep.nbetas[b], "localization": sweep.localizations[g],
+            "llc": estimate.mean, "stderr": estimate.stderr, "rhat": estimate.rhat,
+            "ess": estimate.ess, "acceptance": estimate.acceptance.mean(),
+            "stability": estimate.stability.max(), "distance": estimate.distance.mean(),
+            "verdict": estimate.verdict,
+        }
+        for (e, b, g), estimate in np.ndenumerate(sweep.estimates)
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -45,9 +45,10 @@ NOT_PART_OF_A_RESULT = frozenset(
 )  # fmt: skip
 
 
-def identity(config: Any) -> dict[str, Any]:
-    """The part of a Config that determines the result."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_PART_OF_A_RESULT}
+def identity(config: Any, without: Iterable[str] = ()) -> dict[str, Any]:
+    """The part of a Config that determines the result, further fields left out."""
+    left_out = NOT_PART_OF_A_RESULT.union(without)
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
 
 
 def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "quickstart") -> None:

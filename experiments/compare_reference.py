@@ -268,8 +268,7 @@ def figure(curves):
         if name in LOG:
             ax.set_yscale("log")
         ax.set_title(name, size=10)
-        ax.grid(color="0.5", alpha=0.2, lw=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
+        figures.dress(ax)
         figures.log_step_axis(ax, 0, their_steps.max())
         ax.set_xlabel("")
     for ax in list(axes.flat)[len(curves) :]:

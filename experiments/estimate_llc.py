@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import pathlib
 import re
-from typing import Any
 
 import numpy as np
 
@@ -111,36 +110,6 @@ def todo(steps: list[int], finished: set[int], size: int, shard: tuple[int, int]
     return [step for chunk in mine if not finished.issuperset(chunk) for step in chunk]
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """What determines an estimate: not at which checkpoints there are any."""
-    return {k: v for k, v in cli.identity(config).items() if k != "checkpoints"}
-
-
-def chosen(steps: list[int], text: str) -> list[int]:
-    """Those of the steps that `text` names; all if it names none."""
-    if not text:
-        return steps
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"checkpoints={text!r}: give training steps such as 0,100,2000.")
-    wanted = sorted(set(map(int, text.split(","))))
-    if missing := sorted(set(wanted) - set(steps)):
-        raise ValueError(f"checkpoints={missing}: there are none; there are {steps}.")
-    return wanted
-
-
-def good_steps(kept, done: set[int]) -> list[int]:
-    """The checkpoints of a `CheckpointDir` that have a result or whose weights are undamaged."""
-    return [s for s in kept.steps() if s in done or not kept.verify(s, ["params"])]
-
-
-def no_good_step(kept, folder: str) -> ValueError:
-    """The error if there is none."""
-    return ValueError(
-        f"no good checkpoint in {kept.folder}: run python -m experiments.train_regression"
-        f" --workdir={folder}, which also redoes damaged ones."
-    )
-
-
 @functools.cache
 def data_set(task, num_data: int, seed: int):
     """The finite data set as host arrays, and its SHA-256."""
@@ -169,16 +138,14 @@ def run(config: Config, phase: str = "llc") -> None:
     writer = cli.is_main()
     with workdir.lock(folder, f"shard-{shard[0]}-of-{shard[1]}-{jax.process_index()}"):
         done = set(finished_steps(folder))
-        steps = good_steps(kept, done)
+        steps = workdir.good_steps(kept, done)
         steps = parallel.from_process_zero(np.asarray(steps, np.int32)).tolist()
-        if not steps:
-            raise no_good_step(kept, config.workdir)
-        steps = chosen(steps, config.checkpoints)
+        steps = workdir.chosen(steps, config.checkpoints)
         work = todo(steps, done, config.checkpoint_batch, shard)
         work = parallel.from_process_zero(np.asarray(work, np.int32)).tolist()
         if not work:
             if writer and (folder / "config.json").exists():
-                workdir.settle(folder / "config.json", identity(config), {})
+                workdir.settle(folder / "config.json", cli.identity(config, ["checkpoints"]), {})
             cli.say(f"{phase}: all checkpoints of shard {config.shard_checkpoints} are done")
             return
         data, data_hash = data_set(task, config.num_data, config.data_seed)
@@ -215,7 +182,7 @@ def run(config: Config, phase: str = "llc") -> None:
                 ),
                 "data_sha256": data_hash,
             }
-            workdir.settle(folder / "config.json", identity(config), facts)
+            workdir.settle(folder / "config.json", cli.identity(config, ["checkpoints"]), facts)
 
         def finish(flag):
             for count, (step, estimate) in enumerate(estimates, 1):

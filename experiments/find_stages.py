@@ -64,7 +64,7 @@ def run(config: Config, phase: str = "stages") -> None:
     sweep = load_sweep(folder)
     curve = (sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values)
     options = {"kernel": config.kernel, "confidence": config.confidence}
-    stages = [_plain(stage._asdict()) for stage in find_stages(*curve, **options)]
+    stages = [workdir.plain(stage._asdict()) for stage in find_stages(*curve, **options)]
     content = {
         "config": cli.identity(config),
         "command": cli.command("find_stages", config.preset, config, PRESETS[config.preset]),
@@ -88,11 +88,6 @@ def load_stages(path: pathlib.Path):
         return math.nan if value is None else value
 
     return [Stage(**{k: restore(v) for k, v in s.items()}) for s in read_json(path)["stages"]]
-
-
-def _plain(fields: dict) -> dict:
-    """JSON knows no nan."""
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
 
 
 def _describe(stages: list[dict]) -> str:

@@ -101,8 +101,8 @@ def inputs(config) -> str:
     sources = pathlib.Path(__file__).parents[1] / "llc_jax"
     behavior, trajectory = measure_behavior.folder_of(config), measure_trajectory.folder_of(config)
     return digest(
-        [*found.values(), root / "metrics.jsonl", sources / "report.py"]
-        + sorted(sources.glob("*figures.py"))
+        [*found.values(), root / "metrics.jsonl"]
+        + sorted([*sources.glob("report*.py"), *sources.glob("*figures.py")])
         + [*measure_curvature.folder_of(config).glob("records.jsonl")]
         + [*behavior.glob("behavior.csv"), *trajectory.glob("trajectory.csv")]
         + [result_path(folder, s) for s in finished_steps(folder)]

@@ -13,7 +13,7 @@ fall below those of early ones.
 import dataclasses
 import pathlib
 
-from experiments import cli, estimate_llc, train_regression, workdir
+from experiments import cli, train_regression, workdir
 from experiments.cli import option
 
 
@@ -97,18 +97,16 @@ def run(config: Config, phase: str = "behavior") -> None:
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
     tables = {"behavior.csv": datasets.behavior_table, "attention.csv": datasets.attention_table}
     with workdir.lock(folder, "behavior"):
-        identity = {k: v for k, v in cli.identity(config).items() if k != "checkpoint_batch"}
+        identity = cli.identity(config, ["checkpoint_batch"])
         line = cli.command("measure_behavior", config.preset, config, PRESETS[config.preset])
         workdir.settle(folder / "config.json", identity, {"command": line})
         done = set(results.finished_steps(folder))
-        steps = estimate_llc.good_steps(kept, done)
-        if not steps:
-            raise estimate_llc.no_good_step(kept, config.workdir)
+        steps = workdir.good_steps(kept, done)
         work = [step for step in steps if step not in done]
         if not work:
             cli.say(f"{phase}: all checkpoints are done")
         else:
-            sequences = jax.jit(regression.evaluation_set, static_argnums=(1, 2))(
+            sequences = regression.evaluation_set(
                 jax.random.key(config.seed), task, config.num_sequences
             )
             few, seen = (

@@ -8,9 +8,7 @@ one line of `llc/curvature/records.jsonl` per checkpoint; `curvature.csv` at the
 Expected: λ̂ moves where these do not, and the other way round; the report draws them together.
 """
 
-import csv
 import dataclasses
-import io
 import math
 import pathlib
 
@@ -102,14 +100,12 @@ def run(config: Config, phase: str = "curvature") -> None:
             ),
             "data_sha256": sampled["data_sha256"],
         }
-        identity = {k: v for k, v in cli.identity(config).items() if k not in MEMORY} | settings
+        identity = cli.identity(config, MEMORY) | settings
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {record["step"] for record in workdir.read_jsonl(path)}
-        steps = estimate_llc.good_steps(kept, done)
-        if not steps:
-            raise estimate_llc.no_good_step(kept, config.workdir)
-        steps = estimate_llc.chosen(steps, config.checkpoints)
+        steps = workdir.good_steps(kept, done)
+        steps = workdir.chosen(steps, config.checkpoints)
         work = [step for step in steps if step not in done]
         if not work:
             workdir.settle(folder / "config.json", identity, facts)
@@ -148,7 +144,7 @@ def run(config: Config, phase: str = "curvature") -> None:
 
             def finish():
                 for count, (step, found) in enumerate(measured, 1):
-                    workdir.append_jsonl(path, {"step": step, **plain(found)})
+                    workdir.append_jsonl(path, {"step": step, **found._asdict()})
                     yield count, f" step {step}: trace {found.trace:.4g}", None
 
             for _ in cli.progress(finish(), phase, len(work), "checkpoints"):
@@ -174,18 +170,6 @@ def load(folder: pathlib.Path):
     }
 
 
-def plain(found) -> dict:
-    """A `Curvature` as JSON has it, which knows no nan."""
-
-    def known(x):
-        return None if isinstance(x, float) and math.isnan(x) else x
-
-    return {
-        k: [known(x) for x in v.tolist()] if isinstance(v, np.ndarray) else known(v)
-        for k, v in found._asdict().items()
-    }
-
-
 def table(measured) -> str:
     """One line per checkpoint; the eigenvalues in columns of their own."""
     rows = []
@@ -197,11 +181,7 @@ def table(measured) -> str:
             else:
                 row[name] = value
         rows.append(row)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return workdir.csv_text(rows)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ Expected: few components carry nearly everything, and the path turns where stage
 
 import csv
 import dataclasses
-import io
 import pathlib
 
 import numpy as np
 
-from experiments import cli, estimate_llc, train_regression, workdir
+from experiments import cli, train_regression, workdir
 from experiments.cli import option
 
 
@@ -84,10 +83,8 @@ def run(config: Config, phase: str = "trajectory") -> None:
             raise ValueError(f"also={other}: trained on another task or model; give equal ones.")
     with workdir.lock(folder, "trajectory"):
         kept = [CheckpointDir(pathlib.Path(name) / "checkpoints") for name in runs]
-        steps = [estimate_llc.good_steps(k, set()) for k in kept]
-        if not all(steps):
-            raise estimate_llc.no_good_step(kept[0], config.workdir)
-        identity = {k: v for k, v in cli.identity(config).items() if k not in MEMORY}
+        steps = [workdir.good_steps(k) for k in kept]
+        identity = cli.identity(config, MEMORY)
         rows = sum(map(len, steps))
         if not 2 <= config.num_components < rows:
             raise ValueError(
@@ -101,9 +98,7 @@ def run(config: Config, phase: str = "trajectory") -> None:
             cli.say(f"{phase}: up to date in {path}")
             return
         sequences = jax.device_get(
-            jax.jit(evaluation_set, static_argnums=(1, 2))(
-                jax.random.key(config.seed), task, config.num_sequences
-            )
+            evaluation_set(jax.random.key(config.seed), task, config.num_sequences)
         )
         block = min(config.block, config.num_sequences)
         names = ["zero", "ridge", *(["dmmse"] if task.num_tasks else [])]
@@ -142,14 +137,12 @@ def run(config: Config, phase: str = "trajectory") -> None:
 
 def table(rows, names, scores: np.ndarray) -> str:
     """One line per checkpoint of each run, numbered from 1, then one per known predictor."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "step", *(f"pc{i + 1}" for i in range(scores.shape[1]))])
-    for (number, step), score in zip(rows, scores, strict=False):
-        writer.writerow([number, step, *score.tolist()])
-    for name, score in zip(names, scores[len(rows) :], strict=True):
-        writer.writerow([name, "", *score.tolist()])
-    return out.getvalue()
+    heads = [{"run": number, "step": step} for number, step in rows]
+    heads += [{"run": name, "step": ""} for name in names]
+    return workdir.csv_text([
+        head | {f"pc{i}": float(x) for i, x in enumerate(score, 1)}
+        for head, score in zip(heads, scores, strict=True)
+    ])  # fmt: skip
 
 
 def load(folder: pathlib.Path):

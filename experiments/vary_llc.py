@@ -154,17 +154,11 @@ def record(estimate) -> dict:
     mean = gaps.mean(axis=0) if finite.any() else np.full(gaps.shape[1], np.nan)
     running = np.cumsum(mean)[kept - 1] / kept * estimate.settings["nbeta"]
     return {
-        "llc": plain(estimate.mean), "stderr": plain(estimate.stderr), "rhat": plain(estimate.rhat),
+        "llc": estimate.mean, "stderr": estimate.stderr, "rhat": estimate.rhat,
         "verdict": estimate.verdict, "num_burnin": estimate.burnin_losses.shape[1],
-        "draws": (kept + estimate.burnin_losses.shape[1]).tolist(),
-        "running": [plain(x) for x in running],
-        "distance": plain(estimate.distance.mean()),
+        "draws": kept + estimate.burnin_losses.shape[1], "running": running,
+        "distance": estimate.distance.mean(),
     }  # fmt: skip
-
-
-def plain(value) -> float | None:
-    """JSON knows neither nan nor infinity."""
-    return float(value) if np.isfinite(value) else None
 
 
 def grid(config: Config, params, task, model, step: int) -> list[dict]:
@@ -205,16 +199,14 @@ def run(config: Config, phase: str = "variations") -> None:
     folder = folder_of(config)
     model, task = train_regression.setting(train_regression.load_config(config.workdir))
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
-    every = estimate_llc.good_steps(kept, set())
-    if not every:
-        raise estimate_llc.no_good_step(kept, config.workdir)
+    every = workdir.good_steps(kept)
     work = variations(config)
     checks.at_least("num_checkpoints", config.num_checkpoints, 1)
     for name in ("num_chains", "num_draws", "grad_accum"):
         checks.at_least(name, getattr(config, name), 1)
     if not config.nbeta > 0:
         raise ValueError(f"nbeta={config.nbeta}: give a number above 0.")
-    steps = estimate_llc.chosen(every, config.checkpoints)
+    steps = workdir.chosen(every, config.checkpoints)
     if not config.checkpoints:
         index = np.linspace(len(every) - 1, 0, config.num_checkpoints).round().astype(int)
         steps = sorted({every[i] for i in index})

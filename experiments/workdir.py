@@ -1,13 +1,19 @@
 """A run's folder: one writer at a time, one configuration for life, results that add up."""
 
 import contextlib
+import csv
 import fcntl
 import importlib.metadata
+import io
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from llc_jax.files import read_json, write_atomic, write_json
 
@@ -79,10 +85,62 @@ def settle(path: pathlib.Path, identity: dict[str, Any], facts: dict[str, Any]) 
         )
 
 
+def good_steps(kept, done: Iterable[int] = ()) -> list[int]:
+    """The checkpoints of a `CheckpointDir` that have a result or whose weights are undamaged.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    done = set(done)
+    steps = [s for s in kept.steps() if s in done or not kept.verify(s, ["params"])]
+    if not steps:
+        raise ValueError(
+            f"no good checkpoint in {kept.folder}: run python -m experiments.train_regression"
+            f" --workdir={os.path.relpath(kept.folder.parent)}, which also redoes damaged ones."
+        )
+    return steps
+
+
+def chosen(steps: list[int], text: str) -> list[int]:
+    """Those of the steps that a flag such as `0,100` names; all if it names none.
+
+    Raises:
+      ValueError: if it names others.
+    """
+    if not text:
+        return steps
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"checkpoints={text!r}: give training steps such as 0,100,2000.")
+    wanted = sorted(set(map(int, text.split(","))))
+    if missing := sorted(set(wanted) - set(steps)):
+        raise ValueError(f"checkpoints={missing}: there are none; there are {steps}.")
+    return wanted
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: arrays are lists, and what is not finite is null."""
+    if isinstance(value, dict):
+        return {name: plain(x) for name, x in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as CSV."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
 def append_jsonl(path: pathlib.Path, record: dict[str, Any]) -> None:
     """Appends one line."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, sort_keys=True) + "\n")
+        file.write(json.dumps(plain(record), sort_keys=True) + "\n")
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps, ticker
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -70,7 +70,7 @@ def slopes_figure(curves, *, stages: Sequence = ()) -> Figure:
         )  # fmt: skip
         bottom.axhline(0.0, color="0.5", lw=0.8)
         for ax in (top, bottom):
-            _dress(ax)
+            figures.dress(ax)
             figures.log_step_axis(ax, min(steps), max(steps))
             figures.stage_bands(ax, stages, labels=False)
     axes[0, 0].set_ylabel("value")
@@ -98,7 +98,7 @@ def icl_over_steps(ax: Axes, found) -> Axes:
                 label=f"inputs × {gain:g}, over {gain:g}")  # fmt: skip
     ax.axhline(0.0, color="0.5", lw=0.8)
     ax.set_ylabel("loss at last minus\nfirst example")
-    return _dress(ax)
+    return figures.dress(ax)
 
 
 def per_token(
@@ -115,8 +115,7 @@ def per_token(
       floors: [K] dotted levels, or None.
     """
     count = values.shape[1]
-    for k in range(count):
-        color = colormaps["viridis_r"](0.1 + 0.9 * k / max(count - 1, 1))
+    for k, color in enumerate(figures.shades(count)):
         label = f"k = {k + 1}" if k in (0, count // 2, count - 1) else "_"
         if errors is None:
             ax.plot(steps, values[:, k], color=color, lw=1.2, label=label)
@@ -126,7 +125,7 @@ def per_token(
         if floors is not None:
             ax.axhline(np.asarray(floors)[k], color=color, lw=0.8, ls=":",
                        label="ridge (dotted)" if k == count - 1 else "_")  # fmt: skip
-    return _dress(ax)
+    return figures.dress(ax)
 
 
 def finish(figure: Figure, axes: Sequence[Axes], steps: ArrayLike, stages: Sequence) -> None:
@@ -141,9 +140,3 @@ def finish(figure: Figure, axes: Sequence[Axes], steps: ArrayLike, stages: Seque
             if high < 100 * low:
                 ax.yaxis.set_minor_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False))
     figure.align_ylabels(axes)
-
-
-def _dress(ax: Axes) -> Axes:
-    ax.grid(color="0.5", alpha=0.2, lw=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax

@@ -87,6 +87,4 @@ def _errorbar(ax, steps, values, errors, marker, color, label, **style) -> None:
 def _dressed(ax: Axes, *values: np.ndarray) -> Axes:
     if any(np.any(value[np.isfinite(value)] < 0) for value in values):
         ax.axhline(0.0, color="0.5", lw=0.8, zorder=1)
-    ax.grid(color="0.5", alpha=0.2, lw=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return figures.dress(ax)

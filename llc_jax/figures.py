@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib import ticker
+from matplotlib import colormaps, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -50,6 +50,20 @@ def log_step_axis(ax: Axes, first: float, last: float) -> None:
     ax.xaxis.set_major_locator(ticker.FixedLocator(ticks))
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     ax.set_xlabel("training step (log(step + 1) scale)")
+
+
+def dress(ax: Axes, ylabel: str | None = None) -> Axes:
+    """Gives axes the look of all figures, and a label of y."""
+    if ylabel is not None:
+        ax.set_ylabel(ylabel)
+    ax.grid(color="0.5", alpha=0.2, lw=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def shades(count: int) -> np.ndarray:
+    """Colours of an ordered family of lines, light to dark: [count, 4]."""
+    return colormaps["viridis_r"](np.linspace(0.1, 1.0, count))
 
 
 def rounded(value: float, stderr: float) -> tuple[str, str]:
@@ -105,7 +119,7 @@ def loss_over_steps(
         label = f"{loss:.4g}  {name}".replace("$", r"\$")
         color = CHAIN_COLORS[1:][i % (len(CHAIN_COLORS) - 1)]
         ax.axhline(loss, color=color, ls="--", lw=1.3, label=label)
-    return _dress(ax, "loss")
+    return dress(ax, "loss")
 
 
 def llc_over_steps(
@@ -149,7 +163,7 @@ def llc_over_steps(
         )  # fmt: skip
     if np.any(llc[finite] < 0):
         ax.axhline(0.0, color="0.5", lw=0.8, zorder=1)
-    _dress(ax, LLC).yaxis.label.set(rotation=0, size="large", ha="right", va="center")
+    dress(ax, LLC).yaxis.label.set(rotation=0, size="large", ha="right", va="center")
     return ax
 
 
@@ -311,11 +325,4 @@ def _dress_draws(ax: Axes, ylabel: str, num_burnin: int, length: int) -> Axes:
         ax.axvspan(0, num_burnin, color="0.5", alpha=0.15, lw=0, zorder=0, label="burn-in")
     ax.set_xlim(0, length)
     ax.set_xlabel("draw (burn-in counted)")
-    return _dress(ax, ylabel)
-
-
-def _dress(ax: Axes, ylabel: str) -> Axes:
-    ax.set_ylabel(ylabel)
-    ax.grid(color="0.5", alpha=0.2, lw=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return dress(ax, ylabel)

@@ -16,84 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llc_jax import figures as draw
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff;
-  max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; }
-h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-h3 { font-size: 1rem; margin: 1rem 0 0.3rem; }
-h1, h2, h3, p, li, td:last-child { overflow-wrap: anywhere; }
-figure { margin: 1rem 0; } figure img { width: 100%; height: auto; }
-figcaption, summary { color: #555; font-size: 0.9rem; }
-.answer { background: #eef5fa; border-left: 4px solid #0072b2; padding: 0.7rem 1rem; }
-.scroll { overflow: auto; max-height: 40rem; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #e4e4e4; text-align: right;
-  white-space: nowrap; }
-th { position: sticky; top: 0; background: #f4f4f4; }
-td:last-child, th:last-child { text-align: left; white-space: normal; }
-table.pairs td:first-child { text-align: left; color: #555; }
-tr.bad td { background: #fdf0e6; }
-pre { background: #f4f4f4; padding: 0.7rem; overflow: auto; }
-@media (max-width: 50rem) { th, td { padding: 0.2rem 0.35rem; font-size: 0.8rem; } }
-@media print { .scroll { max-height: none; overflow: visible; } pre { white-space: pre-wrap; }
-  figure { break-inside: avoid; } }
-"""
-
-_NO_STAGES = "Its curve was not cut into stages."
-_HOW_TO_READ = (
-    "λ̂, the local learning coefficient, measures how degenerate the loss is around a checkpoint:"
-    " the fewer directions raise the loss, the lower it is. A quadratic minimum in d directions"
-    " has λ = d/2.",
-    "Its value belongs to the settings it was taken at, here nbeta {nbeta} and localization"
-    " {localization}. Compare the checkpoints of one page with each other, and never values taken"
-    " at different settings.",
-    "A negative value is no mistake of arithmetic: chains found lower losses than the checkpoint's"
-    " own, so it is no local minimum (a saddle, or training still descends). Nothing is clipped.",
-    "The standard error covers the randomness of the chains only, neither that of training nor the"
-    " bias of a finite step size.",
-    "R-hat near 1 and many effective draws (ESS) say that the chains agree and mix. The acceptance"
-    " is that of a Metropolis test of the same steps; it is low if they are too large.",
-)
-_HEADINGS = {
-    "traces": "Chains",
-    "tokens": "λ̂ of every token",
-    "curvature": "Curvature",
-    "behavior": "Behaviour",
-    "structure": "Structure",
-    "trajectory": "Path in function space",
-}
-_CAPTIONS = {
-    "overview": "Above, the training loss; below, λ̂ at each checkpoint with its standard error"
-    " and a smooth curve through the points. Stages are shaded: blue rises, orange falls, grey is"
-    " level. The stronger a boundary's line, the more certain it is; the bar at its foot is its"
-    " 68 % interval.",
-    "traces": "Chains at the first, the middle and the last checkpoint. Above, the loss of every"
-    " draw (thin) and its moving average (thick); chains that have settled are level after the"
-    " burn-in and lie on top of each other. Below, what each chain's λ̂ would have been, had it"
-    " stopped there.",
-    "tokens": "λ̂ of the loss at each example, from the same chains; their mean is that of the whole"
-    " loss.",
-    "behavior": "What the model does. Loss at each example, with that of the optimal predictor"
-    " (ridge) dotted; the mean square of the predictions, small where the model predicts the mean"
-    " of the task prior, zero; their distance to those of ridge; and how much lower the loss at the"
-    " last example is than at the first, for sequences as trained and for larger inputs.",
-    "structure": "How the model is built: norm of all weights; channels that the layer norms have"
-    " switched off; shares of the singular values of both embeddings, squared; how much of the"
-    " token embedding lies in the span of the position embeddings; and the map from the last layer"
-    " norm to the prediction.",
-    "trajectory": "The predictions on fixed sequences, projected on their principal components"
-    " over the run (dots: checkpoints). Circles touch the path; the thin line through their centres"
-    " is its evolute; both are left out if there are few checkpoints. Below, the components over"
-    " training.",
-    "curvature": "Curvature at the checkpoints themselves, under λ̂ and its stages. What λ̂ would"
-    " be if the loss were its quadratic form around the checkpoint, at the same nbeta and"
-    " localization: where the two differ, second order misses something. Below, trace and"
-    " eigenvalues of the Hessian of the mean loss; bars are standard errors over random probes,"
-    " and residuals for the eigenvalues.",
-}
+from llc_jax import report_text as words
 
 
 def render_figures(sweep, **training) -> dict[str, Figure]:
@@ -152,7 +75,7 @@ def render(
         "<h2>Stages</h2>",
         _stages_table(stages),
         *[
-            f"<h2>{_text(_HEADINGS.get(name, name))}</h2>{_figure(name, figures[name])}"
+            f"<h2>{_text(words.HEADINGS.get(name, name))}</h2>{_figure(name, figures[name])}"
             for name in rest
         ],
         "<h2>Checkpoints</h2>",
@@ -161,7 +84,7 @@ def render(
         _warnings(sweep),
         *[_section(heading, contents) for heading, *contents in extra_sections],
         "<h2>How to read this page</h2>",
-        _list(line.format(**relative_to) for line in _HOW_TO_READ),
+        _list(line.format(**relative_to) for line in words.HOW_TO_READ),
         "<h2>How to reproduce it</h2>",
         f"<pre>{_text(command)}</pre>",
         "<h2>Settings</h2>",
@@ -170,7 +93,7 @@ def render(
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{_text(title)}</title>\n<style>{words.STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
@@ -196,7 +119,7 @@ def answer(sweep, stages: Sequence) -> str:
         for stage in stages
     ]
     cut = f"Its curve has {_count(len(moves), 'stage')}: {'; '.join(moves)}."
-    parts.append(cut if moves else _NO_STAGES)
+    parts.append(cut if moves else words.NO_STAGES)
     lost = np.count_nonzero(sweep.num_finite.values == 0)
     if lost:
         parts.append(f"At {_count(lost, 'checkpoint')} every chain diverged.")
@@ -209,7 +132,7 @@ def answer(sweep, stages: Sequence) -> str:
 
 def _stages_table(stages: Sequence) -> str:
     if not stages:
-        return f"<p>{_NO_STAGES}</p>"
+        return f"<p>{words.NO_STAGES}</p>"
     header = ["stage", "from step", "to step", "Δλ̂ ± s.e.", "boundary at its end", "kind"]
     rows = []
     for i, s in enumerate(stages):
@@ -275,7 +198,9 @@ def _section(heading: str, contents: Sequence[Figure | str]) -> str:
 
 def _figure(name: str, figure: Figure) -> str:
     data = base64.b64encode(draw.png(figure)).decode("ascii")
-    caption = f"<figcaption>{_text(_CAPTIONS[name])}</figcaption>" if name in _CAPTIONS else ""
+    caption = (
+        f"<figcaption>{_text(words.CAPTIONS[name])}</figcaption>" if name in words.CAPTIONS else ""
+    )
     image = f'<img alt="{_text(name)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}{caption}</figure>"
 

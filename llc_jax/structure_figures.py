@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from llc_jax import figures
@@ -32,7 +31,7 @@ def structure_figure(found, *, stages: Sequence = ()) -> Figure:
     steps = found.checkpoint.values
     axes[0].plot(steps, found.weight_norm, color=figures.INK, lw=1.5, label="all weights")
     axes[0].set_ylabel("weight norm")
-    for i, color in enumerate(_shades(found.sizes["norm"])):
+    for i, color in enumerate(figures.shades(found.sizes["norm"])):
         label = _plain(found.norm.values[i])
         axes[1].plot(steps, found.norm_small[:, i], color=color, lw=1.3, label=label)
     axes[1].set(ylabel="layer norms: share\nof |scale| < 0.1", ylim=(-0.03, 1.03))
@@ -42,11 +41,11 @@ def structure_figure(found, *, stages: Sequence = ()) -> Figure:
     ):
         squares = found[f"{name}_singular_values"].values ** 2
         share = squares / squares.sum(axis=1, keepdims=True)
-        for i, color in enumerate(_shades(share.shape[1])):
+        for i, color in enumerate(figures.shades(share.shape[1])):
             label = f"singular value {i + 1}" if i in (0, share.shape[1] - 1) else "_"
             ax.plot(steps, share[:, i], color=color, lw=1.1, label=label)
         ax.set_ylabel(title)
-    for i, color in enumerate(_shades(found.sizes["column"])):
+    for i, color in enumerate(figures.shades(found.sizes["column"])):
         label = "y" if i == 0 else f"x, component {i}"
         axes[4].plot(steps, found.embedding_overlap[:, i], color=color, lw=1.1, label=label)
     axes[4].set(ylabel="token embedding:\nshare of length in span\nof positions", ylim=(0, 1.03))
@@ -59,8 +58,7 @@ def structure_figure(found, *, stages: Sequence = ()) -> Figure:
     axes[5].plot(steps, np.abs(found.unembed_bias), color=figures.ORANGE, lw=1.3, label="|bias|")
     axes[5].set(ylabel="unembedding:\n|effective weight|", yscale="log")
     for ax in axes:
-        ax.grid(color="0.5", alpha=0.2, lw=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
+        figures.dress(ax)
     finish(figure, axes, steps, stages)
     return figure
 
@@ -75,6 +73,7 @@ def attention_figure(found, statistic: str, *, stages: Sequence = ()) -> Figure:
     """
     values = found[f"attention_{statistic}"].values
     layers, heads, length = values.shape[1:]
+    shades = figures.shades(length)
     figure = figures.InlineFigure(figsize=(9.6, 1.5 * layers * heads + 1), layout="constrained")
     axes = figure.subplots(layers * heads, 2, sharex=True, sharey=True, squeeze=False)
     steps = found.checkpoint.values
@@ -83,10 +82,8 @@ def attention_figure(found, statistic: str, *, stages: Sequence = ()) -> Figure:
         axes[row, 0].set_ylabel(f"block {layer + 1}\nhead {head + 1}")
         for start, ax in enumerate(axes[row]):
             for i in range(start, length, 2):
-                shade = colormaps["viridis_r"](0.1 + 0.9 * i / max(length - 1, 1))
-                ax.plot(steps, values[:, layer, head, i], color=shade, lw=0.9)
-            ax.grid(color="0.5", alpha=0.2, lw=0.6)
-            ax.spines[["top", "right"]].set_visible(False)
+                ax.plot(steps, values[:, layer, head, i], color=shades[i], lw=0.9)
+            figures.dress(ax)
     for ax, kind in zip(axes[0], ("x", "y"), strict=True):
         ax.set_title(f"from {kind}-tokens, light to dark: first to last", size=10)
     figures.log_step_axis(axes[-1, 0], np.min(steps), np.max(steps))
@@ -117,8 +114,7 @@ def norms_figure(found, *, stages: Sequence = ()) -> Figure:
         for ax, values in ((top, above), (bottom, below)):
             ax.plot(steps, values, color=figures.BLUE, lw=0.5, alpha=0.5)
             ax.axhline(0.0, color="0.5", lw=0.8)
-            ax.grid(color="0.5", alpha=0.2, lw=0.6)
-            ax.spines[["top", "right"]].set_visible(False)
+            figures.dress(ax)
             figures.log_step_axis(ax, np.min(steps), np.max(steps))
             figures.stage_bands(ax, stages, labels=False)
             ax.set_xlabel("")
@@ -126,10 +122,6 @@ def norms_figure(found, *, stages: Sequence = ()) -> Figure:
     axes[1, 0].set_ylabel("bias")
     figure.supxlabel("training step (log(step + 1) scale)", size=10)
     return figure
-
-
-def _shades(count: int):
-    return colormaps["viridis_r"](np.linspace(0.1, 1.0, count))
 
 
 def _plain(name: str) -> str:

@@ -11,9 +11,18 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from llc_jax import figures
-from llc_jax.metrics.trajectory import PCA, cusps, osculating_circles, smooth_path, vertices
+from llc_jax.metrics.trajectory import (
+    PCA,
+    cusps,
+    gaussian_smooth,
+    osculating_circles,
+    published_widths,
+    smooth_path,
+    vertices,
+)
 
 FEW = 25  # checkpoints, below which a smooth path through them has no geometry worth drawing
+DENSE = 1000  # checkpoints, above which they are taken for even steps: `smooth_path` needs n^3
 
 
 def trajectory_figure(
@@ -26,8 +35,9 @@ def trajectory_figure(
 ) -> Figure:
     """Draws pairs of components as plane curves with their geometry, above each over training.
 
-    Dots are checkpoints; lines and their geometry are those of `smooth_path`. Fewer than `FEW`
-    checkpoints are joined by straight lines, without geometry.
+    Dots are checkpoints; lines and their geometry are those of `smooth_path`, or for more than
+    `DENSE` checkpoints of the published filter. Fewer than `FEW` are joined by straight lines,
+    without geometry.
 
     Args:
       steps: of the fitted rows, ascending, shape [n].
@@ -47,7 +57,7 @@ def trajectory_figure(
         )
     if labels is None:
         labels = {stage.end: f"{i}|{i + 1}" for i, stage in enumerate(stages[:-1], 1)}
-    times, path = (steps, scores) if n < FEW else smooth_path(steps, scores)
+    times, path = _path(steps, scores)
     axis_names = [f"PC{i + 1} ({share:.1%} of variance)" for i, share in enumerate(pca.explained)]
     marks = list(zip(references, itertools.cycle("*PXsd"), ideal, strict=False))
     look = {"mec": "white", "color": figures.PURPLE, "zorder": 6}
@@ -89,9 +99,7 @@ def trajectory_figure(
             ax.text(middle, 1.02, number, transform=ax.get_xaxis_transform(), ha="center")
         if len(stages):
             ax.text(-0.01, 1.02, "stage", transform=ax.transAxes, ha="right")
-        ax.set_ylabel(axis_names[i])
-        ax.grid(color="0.5", alpha=0.2, lw=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
+        figures.dress(ax, axis_names[i])
     figure.legend(
         *planes[0].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False,
         columnspacing=1.2, handlelength=1.6,
@@ -139,6 +147,15 @@ def geometry_in_plane(ax: Axes, path: np.ndarray) -> None:
     ):
         shown = path[rows[clear[rows]]]
         ax.plot(*shown.T, marker, ms=4, mfc="white", mec=color, mew=1.3, zorder=4, label=label)
+
+
+def _path(steps: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (steps [G], curve [G, k]) for checkpoints at steps [n] with scores [n, k]."""
+    if steps.size < FEW:
+        return steps, scores
+    if steps.size > DENSE:
+        return steps, gaussian_smooth(scores, published_widths(steps.size))
+    return smooth_path(steps, scores)
 
 
 def _frame(ax: Axes, points: np.ndarray) -> None:

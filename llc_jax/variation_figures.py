@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from llc_jax import figures
@@ -28,7 +27,7 @@ def variations_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
     for ax, (what, title) in zip(axes.flat, TITLES.items(), strict=True):
         mine = [r for r in kept if r["what"] == what]
         values = list(dict.fromkeys(r["value"] for r in mine))
-        for value, color in zip(values, _shades(len(values)), strict=True):
+        for value, color in zip(values, figures.shades(len(values)), strict=True):
             line = sorted((r for r in mine if r["value"] == value), key=lambda r: r["step"])
             label = value if isinstance(value, str) else f"{value:,.0f}"
             ax.errorbar(
@@ -36,7 +35,7 @@ def variations_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
                 fmt="o-", ms=3, lw=1, capsize=2, color=color, label=label,
             )  # fmt: skip
         ax.set_title(title, size=11)
-        _dress(ax)
+        figures.dress(ax)
         ax.legend(frameon=False, fontsize=8)
         figures.log_step_axis(ax, min(every), max(every))
     for ax in axes[0]:
@@ -61,11 +60,12 @@ def grid_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
         figsize=(3 * len(steps) + 1.2, 2.3 * len(nbetas) + 1), layout="constrained"
     )
     axes = figure.subplots(len(nbetas), len(steps), sharex=True, sharey="row", squeeze=False)
+    colors = figures.shades(len(gammas))
     for cell in cells:
         row, column = nbetas.index(cell["nbeta"]), steps.index(cell["step_size"])
         i = gammas.index(cell["localization"])
         ax = axes[row, column]
-        ax.plot(cell["draws"], _numbers(cell["running"]), color=_shades(len(gammas))[i], lw=1.2,
+        ax.plot(cell["draws"], _numbers(cell["running"]), color=colors[i], lw=1.2,
                 label=f"γ = {gammas[i]:.3g}")  # fmt: skip
     for row, nbeta in enumerate(nbetas):
         axes[row, 0].set_ylabel(f"running {figures.LLC}\nnβ = {nbeta:.3g}")
@@ -73,7 +73,7 @@ def grid_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
         axes[0, column].set_title(f"ε = {step:.3g}", size=11)
         axes[-1, column].set_xlabel("draw, from the start")
     for ax in axes.flat:
-        _dress(ax)
+        figures.dress(ax)
         ax.axvspan(0, cells[0]["num_burnin"], color="0.5", alpha=0.15, lw=0)
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"Step {found['step']:,}: {figures.LLC} over the draws so far; burn-in grey")
@@ -104,7 +104,7 @@ def failures_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
             size=10, loc="left",
         )  # fmt: skip
         ax.set_ylabel(f"running {figures.LLC}")
-        _dress(ax)
+        figures.dress(ax)
     axes[-1].set_xlabel("draw, from the start")
     return figure
 
@@ -115,12 +115,3 @@ def _floats(records, name: str) -> np.ndarray:
 
 def _numbers(values) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], float)
-
-
-def _shades(count: int):
-    return colormaps["viridis_r"](np.linspace(0.15, 1.0, count))
-
-
-def _dress(ax) -> None:
-    ax.grid(color="0.5", alpha=0.2, lw=0.6)
-    ax.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import benchmark_dln, workdir
+from experiments import benchmark_dln, dln_summary, workdir
 from llc_jax.models import deep_linear
 
 FIELDS = {
@@ -24,15 +24,15 @@ def records(**columns):
 def test_order_is_counted_over_pairs_that_differ():
     true, found = np.array([1.0, 2.0, 3.0, 3.0]), np.array([1.0, 3.0, 2.0, 4.0])
     # Five pairs differ; (2, 3) against the third network is the one that is turned round.
-    assert benchmark_dln.order_preserved(true, found) == pytest.approx(4 / 5)
-    assert benchmark_dln.order_preserved(true, true) == 1.0
-    assert math.isnan(benchmark_dln.order_preserved(np.ones(3), np.arange(3.0)))
+    assert dln_summary.order_preserved(true, found) == pytest.approx(4 / 5)
+    assert dln_summary.order_preserved(true, true) == 1.0
+    assert math.isnan(dln_summary.order_preserved(np.ones(3), np.arange(3.0)))
 
 
 def test_errors_of_settings_and_of_the_sampler_add_up():
     made = records(exact=[100.0, 200.0, None], aoyagi=[0.0, 0.0, 50.0], llc=[90.0, 206.0, 50.0],
                    finite=[92.0, 200.0, 51.0])  # fmt: skip
-    [row] = benchmark_dln.summary(made)
+    [row] = dln_summary.summary(made)
     # Relative errors -10, +3, 0 %; of the settings -8, 0, +2 %; so of the sampler -2, +3, -2 %.
     assert row["median_relative_error"] == pytest.approx(0.03)
     assert row["mean_relative_bias"] == pytest.approx(-0.07 / 3)
@@ -40,13 +40,14 @@ def test_errors_of_settings_and_of_the_sampler_add_up():
     assert row["median_error_of_sampler"] == pytest.approx(0.02)
     assert row["p95_error_of_sampler"] == pytest.approx(0.02 + 0.9 * 0.01)
     assert row["order_preserved"] == 1.0
-    assert "3.0%" in benchmark_dln.markdown([row])
+    assert "3.0%" in dln_summary.markdown([row])
 
 
 def test_networks_without_an_estimate_are_counted_and_left_out():
-    [row] = benchmark_dln.summary(records(llc=[math.nan, 110.0]))
+    [row] = dln_summary.summary(records(llc=[None, 110.0], stderr=[None, 2.2]))
     assert (row["networks"], row["failed"]) == (2, 1)
     assert row["median_relative_error"] == pytest.approx(0.1)
+    assert row["median_relative_stderr"] == pytest.approx(0.02)
 
 
 def test_one_network_end_to_end_and_again(tmp_path, capsys):
@@ -76,7 +77,7 @@ def test_one_network_end_to_end_and_again(tmp_path, capsys):
     [
         ({"samplers": "HMC"}, "samplers='HMC': choose from"),
         ({"generator": "random"}, "generator='random': choose from"),
-        ({"loss": "mean"}, "loss='mean': choose population or minibatch"),
+        ({"loss": "mean"}, "loss='mean': choose from population, minibatch"),
     ],
 )
 def test_unknown_names_are_explained(tmp_path, change, message):
@@ -85,3 +86,4 @@ def test_unknown_names_are_explained(tmp_path, change, message):
     )
     with pytest.raises(ValueError, match=message):
         benchmark_dln.run(config)
+    assert not (tmp_path / "run").exists()  # refused before anything is written

@@ -370,6 +370,16 @@ def test_few_checkpoints_are_joined_and_nothing_is_made_of_it():
     np.testing.assert_array_equal([s[0] for s in line.get_segments()], pca.scores[:12, :2])
 
 
+def test_a_dense_run_is_smoothed_by_the_published_filter():
+    steps = np.arange(1200) * 100
+    turn = np.linspace(0, 2 * np.pi, steps.size)
+    pca = functional_pca([np.stack([np.cos(turn), 0.5 * np.sin(turn), 0.1 * turn], axis=1)], 2)
+    ax = trajectory_figure(steps, pca).axes[0]
+    (line,) = (c for c in ax.collections if isinstance(c, matplotlib.collections.LineCollection))
+    smooth = gaussian_smooth(pca.scores, published_widths(steps.size))
+    np.testing.assert_array_equal([s[0] for s in line.get_segments()], smooth[:-1])
+
+
 def test_components_that_vanish_can_be_drawn():
     steps, _ = drawn()
     pca = functional_pca([np.outer(np.log1p(steps), [1.0, 2.0, 3.0])])

@@ -7,6 +7,7 @@ and shift as a whole with other sequences.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ GAINS = (3.0, 5.0, 10.0, 100.0)
 MAX_CHUNK = 1024  # sequences in memory at once
 
 
+@functools.partial(jax.jit, static_argnames=("task", "num_sequences"))
 def evaluation_set(
     rng_key: jax.Array, task: data.RegressionTask, num_sequences: int
 ) -> dict[str, jax.Array]:

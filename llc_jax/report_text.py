@@ -1,0 +1,79 @@
+"""The words and the style sheet of the report page."""
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff;
+  max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+h3 { font-size: 1rem; margin: 1rem 0 0.3rem; }
+h1, h2, h3, p, li, td:last-child { overflow-wrap: anywhere; }
+figure { margin: 1rem 0; } figure img { width: 100%; height: auto; }
+figcaption, summary { color: #555; font-size: 0.9rem; }
+.answer { background: #eef5fa; border-left: 4px solid #0072b2; padding: 0.7rem 1rem; }
+.scroll { overflow: auto; max-height: 40rem; }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #e4e4e4; text-align: right;
+  white-space: nowrap; }
+th { position: sticky; top: 0; background: #f4f4f4; }
+td:last-child, th:last-child { text-align: left; white-space: normal; }
+table.pairs td:first-child { text-align: left; color: #555; }
+tr.bad td { background: #fdf0e6; }
+pre { background: #f4f4f4; padding: 0.7rem; overflow: auto; }
+@media (max-width: 50rem) { th, td { padding: 0.2rem 0.35rem; font-size: 0.8rem; } }
+@media print { .scroll { max-height: none; overflow: visible; } pre { white-space: pre-wrap; }
+  figure { break-inside: avoid; } }
+"""
+
+NO_STAGES = "Its curve was not cut into stages."
+HOW_TO_READ = (
+    "λ̂, the local learning coefficient, measures how degenerate the loss is around a checkpoint:"
+    " the fewer directions raise the loss, the lower it is. A quadratic minimum in d directions"
+    " has λ = d/2.",
+    "Its value belongs to the settings it was taken at, here nbeta {nbeta} and localization"
+    " {localization}. Compare the checkpoints of one page with each other, and never values taken"
+    " at different settings.",
+    "A negative value is no mistake of arithmetic: chains found lower losses than the checkpoint's"
+    " own, so it is no local minimum (a saddle, or training still descends). Nothing is clipped.",
+    "The standard error covers the randomness of the chains only, neither that of training nor the"
+    " bias of a finite step size.",
+    "R-hat near 1 and many effective draws (ESS) say that the chains agree and mix. The acceptance"
+    " is that of a Metropolis test of the same steps; it is low if they are too large.",
+)
+HEADINGS = {
+    "traces": "Chains",
+    "tokens": "λ̂ of every token",
+    "curvature": "Curvature",
+    "behavior": "Behaviour",
+    "structure": "Structure",
+    "trajectory": "Path in function space",
+}
+CAPTIONS = {
+    "overview": "Above, the training loss; below, λ̂ at each checkpoint with its standard error"
+    " and a smooth curve through the points. Stages are shaded: blue rises, orange falls, grey is"
+    " level. The stronger a boundary's line, the more certain it is; the bar at its foot is its"
+    " 68 % interval.",
+    "traces": "Chains at the first, the middle and the last checkpoint. Above, the loss of every"
+    " draw (thin) and its moving average (thick); chains that have settled are level after the"
+    " burn-in and lie on top of each other. Below, what each chain's λ̂ would have been, had it"
+    " stopped there.",
+    "tokens": "λ̂ of the loss at each example, from the same chains; their mean is that of the whole"
+    " loss.",
+    "behavior": "What the model does. Loss at each example, with that of the optimal predictor"
+    " (ridge) dotted; the mean square of the predictions, small where the model predicts the mean"
+    " of the task prior, zero; their distance to those of ridge; and how much lower the loss at the"
+    " last example is than at the first, for sequences as trained and for larger inputs.",
+    "structure": "How the model is built: norm of all weights; channels that the layer norms have"
+    " switched off; shares of the singular values of both embeddings, squared; how much of the"
+    " token embedding lies in the span of the position embeddings; and the map from the last layer"
+    " norm to the prediction.",
+    "trajectory": "The predictions on fixed sequences, projected on their principal components"
+    " over the run (dots: checkpoints). Circles touch the path; the thin line through their centres"
+    " is its evolute; both are left out if there are few checkpoints. Below, the components over"
+    " training.",
+    "curvature": "Curvature at the checkpoints themselves, under λ̂ and its stages. What λ̂ would"
+    " be if the loss were its quadratic form around the checkpoint, at the same nbeta and"
+    " localization: where the two differ, second order misses something. Below, trace and"
+    " eigenvalues of the Hessian of the mean loss; bars are standard errors over random probes,"
+    " and residuals for the eigenvalues.",
+}
