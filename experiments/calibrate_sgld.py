@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import cli, estimate_llc, train_regression, workdir
+from experiments import cli, estimate_llc, settings, workdir
 from experiments.cli import option
 
 
@@ -89,12 +89,10 @@ def run(config: Config, phase: str = "calibration") -> None:
     from llc_jax.checkpoints import CheckpointDir
     from llc_jax.figures import png
     from llc_jax.files import read_json, write_atomic, write_json
-    from llc_jax.losses import RegressionLoss
 
     root = pathlib.Path(config.workdir)
     folder = root / "calibration"
-    training = train_regression.load_config(config.workdir)
-    model, task = train_regression.setting(training)
+    setting = settings.load(config.workdir)
     kept = CheckpointDir(root / "checkpoints")
     with workdir.lock(folder, "calibrate"):
         steps = kept.steps()
@@ -110,10 +108,10 @@ def run(config: Config, phase: str = "calibration") -> None:
         count = config.num_checkpoints and config.num_checkpoints + 1
         others = np.linspace(0, len(steps) - 1, count).round().astype(int)
         others = [steps[i] for i in others if steps[i] != step]
-        data, data_hash = estimate_llc.data_set(task, config.num_data, config.data_seed)
+        data, data_hash = settings.data_set(config.workdir, config.num_data, config.data_seed)
         calibration = llc_jax.calibrate(
             jax.random.key(config.seed),
-            RegressionLoss(model),
+            setting.loss_fn,
             kept.restore_params(step),
             data,
             nbeta=config.nbeta or None,
@@ -151,7 +149,7 @@ def run(config: Config, phase: str = "calibration") -> None:
     cli.say(f"wrote {folder}/sweep.png, sweep.csv, calibration.json; run the proposal with\n{line}")
 
 
-def proposed(config: Config, settings) -> estimate_llc.Config:
+def proposed(config: Config, chosen) -> estimate_llc.Config:
     """The sweep over checkpoints that runs the proposal, in a results folder of its own."""
     return dataclasses.replace(
         estimate_llc.PRESETS[config.preset],
@@ -159,13 +157,13 @@ def proposed(config: Config, settings) -> estimate_llc.Config:
         name="llc-calibrated",
         data_seed=config.data_seed,
         num_data=config.num_data,
-        step_size=float(f"{float(settings['sampler'].step_size):.3g}"),
-        nbeta=float(f"{settings['nbeta']:.4g}"),
-        localization=float(f"{settings['localization']:.4g}"),
-        num_chains=settings["num_chains"],
-        num_draws=settings["num_draws"],
-        num_burnin=settings["num_burnin"],
-        thinning=settings["thinning"],
+        step_size=float(f"{float(chosen['sampler'].step_size):.3g}"),
+        nbeta=float(f"{chosen['nbeta']:.4g}"),
+        localization=float(f"{chosen['localization']:.4g}"),
+        num_chains=chosen["num_chains"],
+        num_draws=chosen["num_draws"],
+        num_burnin=chosen["num_burnin"],
+        thinning=chosen["thinning"],
         batch_size=config.batch_size,
         grad_accum=config.grad_accum,
     )

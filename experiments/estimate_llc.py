@@ -10,13 +10,12 @@ the initialisation is no minimum, and rises as the loss falls.
 """
 
 import dataclasses
-import functools
 import pathlib
 import re
 
 import numpy as np
 
-from experiments import cli, train_regression, workdir
+from experiments import cli, settings, workdir
 from experiments.cli import option
 
 
@@ -41,6 +40,9 @@ class Config(cli.Pod):
     grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
     checkpoint_batch: int = option(1, "Checkpoints in flight at once; bounds memory.")
     chain_batch: int = option(0, "Chains one device runs at once; 0 for all its share.")
+    num_probes: int = option(
+        8, "Draws at which acceptance is measured; 0: neither it nor stability, compiles sooner."
+    )
     checkpoints: str = option("", "Training steps to estimate, with commas; empty for all.")
     shard_checkpoints: str = option("0/1", "i/n: do only every n-th chunk, from chunk i.")
 
@@ -110,30 +112,16 @@ def todo(steps: list[int], finished: set[int], size: int, shard: tuple[int, int]
     return [step for chunk in mine if not finished.issuperset(chunk) for step in chunk]
 
 
-@functools.cache
-def data_set(task, num_data: int, seed: int):
-    """The finite data set as host arrays, and its SHA-256."""
-    import jax
-
-    from llc_jax.data.regression import sample_batch
-    from llc_jax.files import digest
-
-    data = jax.device_get(sample_batch(jax.random.key(seed), task, num_data))
-    return data, digest(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(data))
-
-
 def run(config: Config, phase: str = "llc") -> None:
     """Estimates what is missing."""
     import jax
 
     from llc_jax import SGLD, estimate_llc_over_checkpoints, parallel
     from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.losses import RegressionLoss, RegressionTokenLosses
     from llc_jax.results import finished_steps, save_estimate
 
     folder, shard = results_folder(config), parse_shard(config.shard_checkpoints)
-    training = train_regression.load_config(config.workdir)
-    model, task = train_regression.setting(training)
+    setting = settings.load(config.workdir)
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
     writer = cli.is_main()
     with workdir.lock(folder, f"shard-{shard[0]}-of-{shard[1]}-{jax.process_index()}"):
@@ -148,17 +136,17 @@ def run(config: Config, phase: str = "llc") -> None:
                 workdir.settle(folder / "config.json", cli.identity(config, ["checkpoints"]), {})
             cli.say(f"{phase}: all checkpoints of shard {config.shard_checkpoints} are done")
             return
-        data, data_hash = data_set(task, config.num_data, config.data_seed)
+        data, data_hash = settings.data_set(config.workdir, config.num_data, config.data_seed)
         provenance = {
             "data_sha256": data_hash,
-            "train_seed": training.seed,
+            "train_seed": setting.training.seed,
             "seed": config.seed,
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             **{f"version_{name}": v for name, v in workdir.versions().items()},
         }
         estimates = estimate_llc_over_checkpoints(
             jax.random.key(config.seed),
-            RegressionLoss(model),
+            setting.loss_fn,
             ((step, kept.restore_params(step)) for step in work),
             data,
             sampler=SGLD(config.step_size),
@@ -172,7 +160,8 @@ def run(config: Config, phase: str = "llc") -> None:
             grad_accum=config.grad_accum,
             checkpoint_batch=config.checkpoint_batch,
             chain_batch=config.chain_batch or None,
-            parts_fn=RegressionTokenLosses(model),
+            num_probes=config.num_probes,
+            parts_fn=setting.parts_fn,
         )
         if writer:
             facts = {

@@ -17,6 +17,7 @@ from experiments import (
     measure_behavior,
     measure_curvature,
     measure_trajectory,
+    settings,
     train_regression,
     workdir,
 )
@@ -116,16 +117,14 @@ def load(config) -> Material:
     from llc_jax.smoothing import smooth_curve
 
     found, folder = records(config), estimate_llc.results_folder(config)
-    training = train_regression.load_config(config.workdir)
     sampled, staged = (read_json(found[name]) for name in ("estimates", "stages"))
     sweep = results.load_sweep(folder)
     kernel = staged["config"]["kernel"]
     curve = smooth_curve(
         sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values, kernel=kernel
     )
-    _, task = train_regression.setting(training)
-    data, _ = estimate_llc.data_set(
-        task, sampled["config"]["num_data"], sampled["config"]["data_seed"]
+    data, _ = settings.data_set(
+        config.workdir, sampled["config"]["num_data"], sampled["config"]["data_seed"]
     )
     behavior = trajectory = None
     if "behavior" in found:
@@ -134,7 +133,7 @@ def load(config) -> Material:
         trajectory = measure_trajectory.load(measure_trajectory.folder_of(config))
     return Material(
         metrics=workdir.read_jsonl(pathlib.Path(config.workdir) / "metrics.jsonl"),
-        baselines=baselines(task, data),
+        baselines=settings.load(config.workdir).baselines(data),
         sweep=sweep,
         curve=curve,
         stages=find_stages.load_stages(found["stages"]),
@@ -143,21 +142,6 @@ def load(config) -> Material:
         behavior=behavior,
         trajectory=trajectory,
     )
-
-
-def baselines(task, data) -> dict[str, float]:
-    """Losses of predictors that need no training: at zero exact, else on a data set."""
-    import jax.numpy as jnp
-
-    from llc_jax.data.regression import dmmse_predictions, ridge_predictions, tasks
-
-    x, y = (jnp.asarray(data[name]) for name in ("x", "y"))
-    known = {"ridge": ridge_predictions(x, y, task.noise_variance)}
-    if task.num_tasks:
-        known["dMMSE"] = dmmse_predictions(x, y, tasks(task), task.noise_variance)
-    return {"predict zero": task.dim + task.noise_variance} | {
-        name: float(jnp.mean((guess - y) ** 2)) for name, guess in known.items()
-    }
 
 
 def page(found: Material) -> dict[str, Any]:

@@ -9,7 +9,7 @@ smooth curve. `make_figures` draws some more, which would overload the page.
 import dataclasses
 import pathlib
 
-from experiments import cli, estimate_llc, make_figures, train_regression
+from experiments import cli, estimate_llc, make_figures, settings
 from experiments.cli import option
 
 
@@ -50,7 +50,7 @@ def run(config: Config, phase: str = "report") -> None:
     from llc_jax.files import read_json, write_atomic, write_json
 
     root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
-    train_regression.load_config(config.workdir)
+    setting = settings.load(config.workdir)
     records, inputs = make_figures.records(config), make_figures.inputs(config)
     page = root / "report.html"
     record = folder / "report.json"
@@ -64,7 +64,7 @@ def run(config: Config, phase: str = "report") -> None:
     found = make_figures.load(config)
     drawn = make_figures.page(found)
     html = report.render(
-        title=f"Loss landscape of {root.name}: in-context linear regression",
+        title=f"Loss landscape of {root.name}: {setting.title}",
         sweep=found.sweep,
         stages=found.stages,
         figures=drawn,

@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import cli, estimate_llc, train_regression, workdir
+from experiments import cli, estimate_llc, settings, workdir
 from experiments.cli import option
 
 
@@ -80,16 +80,14 @@ def run(config: Config, phase: str = "curvature") -> None:
     import llc_jax
     from llc_jax.checkpoints import CheckpointDir
     from llc_jax.files import read_json, write_atomic
-    from llc_jax.losses import RegressionLoss
 
     folder, estimates = folder_of(config), estimate_llc.results_folder(config) / "config.json"
     if not estimates.exists():
         raise ValueError(f"{estimates} is missing: run experiments.estimate_llc on it first.")
     sampled = read_json(estimates)
-    training = train_regression.load_config(config.workdir)
-    model, task = train_regression.setting(training)
+    setting = settings.load(config.workdir)
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
-    settings = {
+    temperature = {
         "nbeta": sampled["config"]["nbeta"] or llc_jax.default_nbeta(sampled["config"]["num_data"]),
         "localization": sampled["config"]["localization"],
     }
@@ -100,7 +98,7 @@ def run(config: Config, phase: str = "curvature") -> None:
             ),
             "data_sha256": sampled["data_sha256"],
         }
-        identity = cli.identity(config, MEMORY) | settings
+        identity = cli.identity(config, MEMORY) | temperature
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {record["step"] for record in workdir.read_jsonl(path)}
@@ -111,8 +109,8 @@ def run(config: Config, phase: str = "curvature") -> None:
             workdir.settle(folder / "config.json", identity, facts)
             cli.say(f"{phase}: all checkpoints are done")
         else:
-            data, data_hash = estimate_llc.data_set(
-                task, sampled["config"]["num_data"], sampled["config"]["data_seed"]
+            data, data_hash = settings.data_set(
+                config.workdir, sampled["config"]["num_data"], sampled["config"]["data_seed"]
             )
             if not 1 <= config.num_data <= sampled["config"]["num_data"]:
                 raise ValueError(
@@ -126,10 +124,10 @@ def run(config: Config, phase: str = "curvature") -> None:
                 )
             measured = llc_jax.curvature_over_checkpoints(
                 jax.random.key(config.seed),
-                RegressionLoss(model),
+                setting.loss_fn,
                 ((step, kept.restore_params(step)) for step in work),
                 jax.tree.map(lambda x: x[: config.num_data], data),
-                **settings,
+                **temperature,
                 num_eigenvalues=config.num_eigenvalues,
                 num_deflated=config.num_deflated,
                 num_iterations=config.num_iterations,

@@ -8,12 +8,10 @@ ridge regression, 1.660.
 """
 
 import dataclasses
-import pathlib
-import shutil
+import functools
 
-from experiments import cli, workdir
+from experiments import cli, training
 from experiments.cli import option
-from llc_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,101 +97,71 @@ def load_config(folder: str) -> Config:
     """Reads the configuration a workdir was trained with.
 
     Raises:
-      ValueError: if it holds no training run.
+      ValueError: if it holds no training run, or one of another model.
     """
-    path = pathlib.Path(folder) / "train.json"
-    if not path.exists():
-        raise ValueError(
-            f"{path} does not exist: {folder} holds no training run; make one with python -m"
-            f" experiments.train_regression --workdir={folder}"
-        )
-    content = read_json(path)
-    return Config(**content["config"], workdir=folder, preset=content["preset"])
+    return training.load_config(folder, Config, "train_regression")
 
 
-def schedule(config: Config) -> list[int]:
-    """Returns the steps at which checkpoints are kept."""
-    from llc_jax.checkpoints import checkpoint_steps
+def described(config: Config):
+    """What `experiments.settings.Setting` says of a run, in its order."""
+    from llc_jax.losses import RegressionLoss, RegressionTokenLosses
 
-    return checkpoint_steps(config.num_steps, config.num_log, config.num_linear)
+    model, task = setting(config)
+    return (
+        "in-context linear regression", config, RegressionLoss(model), RegressionTokenLosses(model),
+        functools.partial(draw, task), functools.partial(baselines, task),
+    )  # fmt: skip
 
 
-def run(config: Config, phase: str = "train") -> None:
-    """Trains to the end, from wherever the workdir stands.
+@functools.cache
+def draw(task, num_data: int, seed: int):
+    """Fresh sequences as host arrays, drawn on the CPU, wherever the rest runs.
 
-    1. A checkpoint counts if all its hashes hold; a damaged one is set aside when it is redone.
-    2. Training continues from the newest state with no scheduled checkpoint missing before it.
-    3. Steps after that are repeated; they come out bitwise the same.
-
-    With `--multihost` every process trains the same small model on its own devices and process 0
-    writes.
+    Accelerators round the normal quantiles differently, and would make another data set.
     """
     import jax
 
-    from llc_jax import parallel, train
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.data.regression import RegressionBatches
-    from llc_jax.losses import RegressionLoss
-    from llc_jax.models.regression import init_params
+    from llc_jax.data.regression import sample_batch
 
-    folder = pathlib.Path(config.workdir)
-    stops = schedule(config)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return jax.device_get(sample_batch(jax.random.key(seed), task, num_data))
+
+
+def baselines(task, data) -> dict[str, float]:
+    """Losses of predictors that need no training: at zero exact, else on a data set."""
+    import jax.numpy as jnp
+
+    from llc_jax.data.regression import dmmse_predictions, ridge_predictions, tasks
+
+    x, y = (jnp.asarray(data[name]) for name in ("x", "y"))
+    known = {"ridge": ridge_predictions(x, y, task.noise_variance)}
+    if task.num_tasks:
+        known["dMMSE"] = dmmse_predictions(x, y, tasks(task), task.noise_variance)
+    return {"predict zero": task.dim + task.noise_variance} | {
+        name: float(jnp.mean((guess - y) ** 2)) for name, guess in known.items()
+    }
+
+
+def run(config: Config, phase: str = "train") -> None:
+    """Trains to the end, from wherever the workdir stands; see `experiments.training`."""
     model, task = setting(config)
-    batch_fn = RegressionBatches(task, config.batch_size)
-    optimizer = train.adam_one_cycle(config.learning_rate, config.num_steps)
-    with workdir.lock(folder, "train" if cli.is_main() else f"train-{jax.process_index()}"):
-        if cli.is_main():
-            line = cli.command("train_regression", config.preset, config, PRESETS[config.preset])
-            facts = {"preset": config.preset, "command": line}
-            workdir.settle(folder / "train.json", cli.identity(config), facts)
-        kept = CheckpointDir(folder / "checkpoints", writer=cli.is_main())
-        stopped = CheckpointDir(folder / "stopped", writer=cli.is_main())
-        good = {s for s in kept.steps() if not kept.verify(s)}
-        missing = [s for s in stops if s not in good]
-        if not missing:
-            cli.say(f"{phase}: all {config.num_steps} steps are done")
-            return
-        init_key, data_key = jax.random.split(jax.random.key(config.seed))
-        state = train.init_state(init_params(init_key, model), optimizer)
-        starts = [
-            (s, source)
-            for source in (kept, stopped)
-            for s in source.steps()
-            if s <= missing[0] and not source.verify(s)
-        ]
-        if starts:
-            step, source = max(starts, key=lambda start: start[0])
-            _, params, opt_state = source.restore_state(state.opt_state, step)
-            state = train.TrainState(jax.numpy.int32(step), params, opt_state)
-            cli.say(f"{phase}: continuing from step {step}")
-        first = int(state.step)
-        if cli.is_main():
-            workdir.rewind_jsonl(folder / "metrics.jsonl", first)
-            if first == 0 and 0 in missing:
-                kept.save(0, state.params, state.opt_state)
 
-        def steps(flag):
-            mesh = parallel.data_mesh(config.batch_size)
-            for step, state_, metrics in train.fit(
-                data_key, state, loss_fn=RegressionLoss(model), batch_fn=batch_fn,
-                optimizer=optimizer, stops=stops[1:], block=config.block, mesh=mesh,
-            ):  # fmt: skip
-                values = {name: float(value) for name, value in metrics.items()}
-                if cli.is_main():
-                    workdir.append_jsonl(folder / "metrics.jsonl", {"step": step, **values})
-                    if step in missing:
-                        kept.save(step, *jax.device_get((state_.params, state_.opt_state)))
-                    if flag.signum is not None:
-                        if step not in stops and step not in stopped.steps():
-                            stopped.save(step, *jax.device_get((state_.params, state_.opt_state)))
-                        cli.say(f"\n{phase}: stopped at step {step}; the same command continues")
-                        raise parallel.StopRequested(flag.signum)
-                yield step, f" loss {values['loss']:.3f}", None
+    def recipe():
+        from llc_jax import train
+        from llc_jax.data.regression import RegressionBatches
+        from llc_jax.losses import RegressionLoss
+        from llc_jax.models.regression import init_params
 
-        with parallel.stop_signals() as flag:
-            for _ in cli.progress(steps(flag), phase, config.num_steps, "steps"):
-                pass
-        shutil.rmtree(stopped.folder, ignore_errors=True)
+        return training.Recipe(
+            init=lambda rng_key: init_params(rng_key, model),
+            loss_fn=RegressionLoss(model),
+            batch_fn=RegressionBatches(task, config.batch_size),
+            optimizer=train.adam_one_cycle(config.learning_rate, config.num_steps),
+        )
+
+    line = cli.command("train_regression", config.preset, config, PRESETS[config.preset])
+    facts = {"experiment": "train_regression", "preset": config.preset, "command": line}
+    training.run(config, phase, recipe, facts)
 
 
 if __name__ == "__main__":

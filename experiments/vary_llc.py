@@ -17,7 +17,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import cli, estimate_llc, train_regression, workdir
+from experiments import cli, train_regression, workdir
 from experiments.calibrate_sgld import numbers
 from experiments.cli import option
 
@@ -136,7 +136,7 @@ def measure(config: Config, params, task, model, step: int, change: dict):
                      "num_burnin")
     }  # fmt: skip
     s = {**base, "loss": "mean", **change}
-    data, _ = estimate_llc.data_set(task, s["num_data"], config.data_seed)
+    data = train_regression.draw(task, s["num_data"], config.data_seed)
     loss = RegressionLoss(model) if s["loss"] == "mean" else RegressionPrefixLoss(model)
     return llc_jax.estimate_llc(
         jax.random.key(s["seed"]), loss, params, data, step=step,
@@ -168,7 +168,7 @@ def grid(config: Config, params, task, model, step: int) -> list[dict]:
     import llc_jax
     from llc_jax.losses import RegressionLoss
 
-    data, _ = estimate_llc.data_set(task, config.num_data, config.data_seed)
+    data = train_regression.draw(task, config.num_data, config.data_seed)
     factors = [np.array(numbers(getattr(config, name))) for name in
                ("step_factors", "nbeta_factors", "localization_factors")]  # fmt: skip
     steps, nbetas, gammas = (

@@ -87,8 +87,9 @@ def icl_over_steps(ax: Axes, found) -> Axes:
     (arXiv 2402.02364).
     """
     steps = found.checkpoint.values
-    score = found.loss.values[:, -1] - found.loss.values[:, 0]
-    ax.plot(steps, score, color=figures.INK, lw=1.5, label="as trained")
+    score, error = found.icl.values[:, 0], found.icl_stderr.values[:, 0]
+    ax.plot(steps, score, color=figures.INK, lw=1.5, label="as trained ± 1 s.e.")
+    ax.fill_between(steps, score - error, score + error, color=figures.INK, alpha=0.25, lw=0)
     colors = (figures.SKY, figures.GREEN, figures.ORANGE, figures.PURPLE)
     for i, (gain, color) in enumerate(zip(found.gain.values, colors, strict=False)):
         if gain > 20:

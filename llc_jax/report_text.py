@@ -62,7 +62,9 @@ CAPTIONS = {
     "behavior": "What the model does. Loss at each example, with that of the optimal predictor"
     " (ridge) dotted; the mean square of the predictions, small where the model predicts the mean"
     " of the task prior, zero; their distance to those of ridge; and how much lower the loss at the"
-    " last example is than at the first, for sequences as trained and for larger inputs.",
+    " last example is than at the first, for sequences as trained and for larger inputs. All"
+    " checkpoints see the same sequences: others would shift whole curves by about one standard"
+    " error.",
     "structure": "How the model is built: norm of all weights; channels that the layer norms have"
     " switched off; shares of the singular values of both embeddings, squared; how much of the"
     " token embedding lies in the span of the position embeddings; and the map from the last layer"

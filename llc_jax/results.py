@@ -90,3 +90,27 @@ def load(folder: str | os.PathLike, experiment: str) -> xarray.Dataset:
         parts, dim="checkpoint", data_vars="all", coords="minimal", compat="equals",
         join="exact", combine_attrs="drop_conflicts",
     )  # fmt: skip
+
+
+def llc_between(sweep: xarray.Dataset, first: int, last: int) -> xarray.DataArray:
+    """λ̂ of every chain, had only the recorded draws `first` to `last - 1` been averaged.
+
+    Draws are counted from the anchor on, burn-in included: 0 to `num_burnin + num_draws` is what an
+    estimate without burn-in averages. How much of a published value is the start of its chains?
+
+    Args:
+      sweep: of `load_sweep`; its init loss must be known (not of a `Stream`).
+      first: first draw.
+      last: one after the last draw.
+
+    Returns:
+      nβ (mean loss of these draws - loss of w*), float64 [checkpoint, chain]; nan if diverged.
+    """
+    losses = np.concatenate([sweep.burnin_losses, sweep.losses], axis=-1, dtype=np.float64)
+    if not 0 <= first < last <= losses.shape[-1]:
+        raise ValueError(
+            f"draws {first} to {last}: give 0 <= first < last <= {losses.shape[-1]}, the draws"
+            " of a chain with its burn-in."
+        )
+    mean = xarray.DataArray(losses[..., first:last].mean(-1), dims=("checkpoint", "chain"))
+    return (sweep.attrs["nbeta"] * (mean - sweep.init_loss)).where(sweep.diverged_at < 0)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,17 @@ class StepMetrics(NamedTuple):
     loss: jax.Array
     grad_norm: jax.Array
     param_norm: jax.Array
+
+
+class HostBatches(Protocol):
+    """Batches that are read on the host, such as `data.batches.TokenBatches`: text on a disk."""
+
+    def block(self, first: int, stop: int) -> Batch:
+        """Returns the batches of updates `first` to `stop - 1`, arrays [stop - first, B, ...].
+
+        A pure function of the two numbers, so that a run that resumes repeats its batches.
+        """
+        ...
 
 
 @functools.cache  # the same numbers give the same object, which `jit` needs to recognise it
@@ -84,6 +95,33 @@ def adam_one_cycle(peak: float, num_steps: int) -> optax.GradientTransformation:
     return optax.adam(one_cycle(peak, num_steps), b1=0.9, b2=0.999, eps=1e-8)
 
 
+@functools.cache
+def adamw(
+    learning_rate: float, weight_decay: float = 0.05, num_warmup: int = 0
+) -> optax.GradientTransformation:
+    """AdamW(0.9, 0.999, 1e-8) at a constant rate, decay of all weights: the paper's language model.
+
+    Cached like `adam_one_cycle`.
+
+    Args:
+      learning_rate: 1e-3 in arXiv 2402.02364.
+      weight_decay: decoupled, per unit of learning rate.
+      num_warmup: updates over which the rate rises linearly from learning_rate / num_warmup.
+    """
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate={learning_rate} must be positive and finite.")
+    checks.nonnegative("weight_decay", weight_decay)
+    checks.at_least("num_warmup", num_warmup, 0)
+
+    def rate(count):
+        step = jnp.asarray(count).astype(jnp.float32)
+        return learning_rate * jnp.minimum(1.0, (step + 1) / num_warmup)
+
+    return optax.adamw(
+        rate if num_warmup else learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay
+    )
+
+
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first update, step 0."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -110,7 +148,7 @@ def fit(
     state: TrainState,
     *,
     loss_fn: LossFn,
-    batch_fn: Callable[[jax.Array], Batch],
+    batch_fn: Callable[[jax.Array], Batch] | HostBatches,
     optimizer: optax.GradientTransformation,
     stops: Sequence[int],
     block: int = 1000,
@@ -129,7 +167,9 @@ def fit(
         key continues a run.
       state: where to start; copied, so the caller's arrays stay valid. NumPy leaves are fine.
       loss_fn: `loss_fn(params, batch) -> losses` [B]. Static.
-      batch_fn: pure, traceable `batch_fn(rng_key) -> batch`, with leading axis B. Static.
+      batch_fn: pure, traceable `batch_fn(rng_key) -> batch`, with leading axis B. Static. Or
+        batches that are read on the host, see `HostBatches`: the next block is read while the
+        device works on this one.
       optimizer: an optax optimizer. Static: pass the same object to avoid recompilation.
       stops: strictly increasing step counts; those not beyond `state.step` are passed over.
       block: largest number of steps between two yields.
@@ -156,30 +196,58 @@ def fit(
         key_data = np.asarray(jax.random.key_data(rng_key))
         key_data, state = parallel.place((key_data, _host_copy(state)), mesh)
         rng_key = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(rng_key))
+    read = functools.partial(_read, batch_fn, block, mesh) if _on_host(batch_fn) else None
     run = functools.partial(
-        _run_block, rng_key, loss_fn=loss_fn, batch_fn=batch_fn, optimizer=optimizer, mesh=mesh
-    )
-    return _blocks(run, state, step, stops, block)
+        _run_block, rng_key, loss_fn=loss_fn, batch_fn=None if read else batch_fn,
+        optimizer=optimizer, mesh=mesh,
+    )  # fmt: skip
+    return _blocks(run, state, _spans(step, stops, block), read or (lambda first, stop: None))
 
 
 def _host_copy(tree):
     return jax.tree.map(np.array, jax.device_get(tree))
 
 
-def _blocks(run, state, step, stops, block):
+def _spans(step: int, stops: Sequence[int], block: int) -> list[tuple[int, int]]:
+    """The (first, stop) of every block."""
+    spans = []
     for stop in stops:
         while step < stop:
-            step = min(stop, (step // block + 1) * block)
-            state, metrics, bad_step = run(state, step)
-            # Waits for the block: a state must be known to be finite before anybody saves it.
-            if (bad := int(bad_step)) >= 0:
-                raise FloatingPointError(
-                    f"non-finite loss, gradient or parameters at step {bad} "
-                    f"(loss {float(metrics['last_loss'])}, gradient norm "
-                    f"{float(metrics['grad_norm'])}); training stopped and the last finite state "
-                    "is that of the previous block. Lower the learning rate or check the data."
-                )
-            yield step, state, metrics
+            first, step = step, min(stop, (step // block + 1) * block)
+            spans.append((first, step))
+    return spans
+
+
+def _on_host(batch_fn) -> bool:
+    return hasattr(batch_fn, "block")
+
+
+def _read(batches: HostBatches, block: int, mesh: Mesh | None, first: int, stop: int) -> Batch:
+    """The batches of a block, [block, B, ...]: filled up to equal shapes, on the device."""
+
+    def fill(x):
+        return np.pad(x, [(0, block - len(x)), *[(0, 0)] * (x.ndim - 1)])
+
+    data = jax.tree.map(fill, batches.block(first, stop))
+    if mesh is None:
+        return jax.device_put(data)
+    return jax.device_put(data, NamedSharding(mesh, PartitionSpec(None, mesh.axis_names)))
+
+
+def _blocks(run, state, spans, read):
+    data = read(*spans[0]) if spans else None
+    for (_, step), following in zip(spans, [*spans[1:], None], strict=True):
+        state, metrics, bad_step = run(state, step, data)
+        data = None if following is None else read(*following)
+        # Waits for the block: a state must be known to be finite before anybody saves it.
+        if (bad := int(bad_step)) >= 0:
+            raise FloatingPointError(
+                f"non-finite loss, gradient or parameters at step {bad} "
+                f"(loss {float(metrics['last_loss'])}, gradient norm "
+                f"{float(metrics['grad_norm'])}); training stopped and the last finite state "
+                "is that of the previous block. Lower the learning rate or check the data."
+            )
+        yield step, state, metrics
 
 
 @functools.partial(
@@ -187,8 +255,11 @@ def _blocks(run, state, step, stops, block):
     static_argnames=("loss_fn", "batch_fn", "optimizer", "mesh"),
     donate_argnames=("state",),
 )
-def _run_block(rng_key, state, stop, *, loss_fn, batch_fn, optimizer, mesh):
-    """Steps until `state.step == stop` or something is not finite (`bad_step`, else -1)."""
+def _run_block(rng_key, state, stop, data, *, loss_fn, batch_fn, optimizer, mesh):
+    """Steps until `state.step == stop` or something is not finite (`bad_step`, else -1).
+
+    Batch number s since the start is `data[s]`, or without data that of `batch_fn`.
+    """
     first_step = state.step
 
     def keep_going(carry):
@@ -197,7 +268,10 @@ def _run_block(rng_key, state, stop, *, loss_fn, batch_fn, optimizer, mesh):
 
     def body(carry):
         state, loss_sum, _, _ = carry
-        batch = batch_fn(jax.random.fold_in(rng_key, state.step))
+        if data is None:
+            batch = batch_fn(jax.random.fold_in(rng_key, state.step))
+        else:
+            batch = jax.tree.map(lambda x: x[state.step - first_step], data)
         if mesh is not None:
             sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             batch = jax.lax.with_sharding_constraint(batch, sharding)
@@ -231,7 +305,12 @@ def _check_fit_arguments(rng_key, state, loss_fn, batch_fn, stops, block, mesh):
                 f"stops has {later} after {earlier}: give steps from 0 in strictly "
                 "increasing order, without repeats."
             )
-    batch = jax.eval_shape(batch_fn, rng_key)
+    if _on_host(batch_fn):
+        first = int(state.step)
+        batch = jax.tree.map(lambda x: x[0], batch_fn.block(first, first + 1))
+        batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))
+    else:
+        batch = jax.eval_shape(batch_fn, rng_key)
     size = checks.data_length(batch)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
     checks.losses(loss_fn, shapes, batch, size)

@@ -60,7 +60,8 @@ def test_curves_are_compared_at_equal_log_steps():
 def write_reference(folder, seeds=2):
     folder.mkdir(parents=True, exist_ok=True)
     names = {
-        "behavior": set(), "hessian": {"trace_mean", "eig1"}, "llc": {"llc_mean"},
+        "behavior": set(), "hessian": {"trace_mean", "eig1"},
+        "llc": {"llc_mean", "llc_std_over_chains"},
     }  # fmt: skip
     for file, _, columns in compare_reference.QUANTITIES.values():
         names[file] |= {columns} if isinstance(columns, str) else set(columns)
@@ -115,8 +116,10 @@ def test_planted_deviations_and_boundaries_are_found(run, capsys):
     assert str(run.reference) not in text
     assert (folder / "comparison.png").stat().st_size > 0
     assert "Hessian trace, ours" in text
-    # One rise, no boundary within.
-    assert "| Hessian trace, recorded run 1, whole | none |" in text
+    # One rise, no boundary within; λ̂ was recorded, although this run has none.
+    assert "| Hessian trace, recorded run 1 | none |" in text
+    assert "| LLC, recorded run 2 | " in text
+    assert "LLC, ours" not in text
     assert "LLC" not in table.quantity.values
     # Errors of 1,024 sequences of ours and 8,192 of theirs, beside a half band of 1.
     far = table[table.quantity == "loss, inputs x 3"]

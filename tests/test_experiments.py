@@ -32,6 +32,7 @@ from experiments import (
     vary_llc,
 )
 from experiments import workdir as workdirs
+from experiments.training import schedule
 from llc_jax import files, results, structure_figures
 from llc_jax.checkpoints import CheckpointDir
 from llc_jax.losses import RegressionLoss, RegressionTokenLosses
@@ -101,7 +102,7 @@ def copy(run, tmp_path):
 
 
 def test_quickstart_leaves_a_complete_workdir(run):
-    steps = train_regression.schedule(train_config(run))
+    steps = schedule(train_config(run))
     assert CheckpointDir(run / "checkpoints").steps() == steps
     assert results.finished_steps(run / "llc") == steps
     sweep = results.load_sweep(run / "llc")
@@ -132,11 +133,11 @@ def test_quickstart_leaves_a_complete_workdir(run):
 def test_curvature_is_that_of_the_library_and_resumes_where_it_was_killed(copy):
     folder = copy / "llc" / "curvature"
     whole = measure_curvature.load(folder)
-    assert list(whole) == train_regression.schedule(train_config(copy))
+    assert list(whole) == schedule(train_config(copy))
     model, task = train_regression.setting(train_config(copy))
     kept = CheckpointDir(copy / "checkpoints")
     last = list(whole)[-1]
-    data, _ = estimate_llc.data_set(task, 256, 1000)
+    data = train_regression.draw(task, 256, 1000)
     matvec = llc_jax.curvature.hvp(
         RegressionLoss(model), kept.restore_params(last), jax.tree.map(lambda x: x[:64], data)
     )
@@ -162,7 +163,7 @@ def test_behavior_is_that_of_the_library_and_resumes(copy):
         measure_behavior.PRESETS["smoke"], workdir=str(copy)
     )  # fmt: skip
     whole = results.load(folder, "measure_behavior")
-    steps = train_regression.schedule(train_config(copy))
+    steps = schedule(train_config(copy))
     assert list(whole.checkpoint) == steps
     model, task = train_regression.setting(train_config(copy))
     params = CheckpointDir(copy / "checkpoints").restore_params(steps[-1])
@@ -186,7 +187,7 @@ def test_behavior_is_that_of_the_library_and_resumes(copy):
 def test_trajectory_is_the_pca_of_the_predictions(copy, capsys):
     config = dataclasses.replace(measure_trajectory.PRESETS["smoke"], workdir=str(copy))
     steps, pca, names = measure_trajectory.load(copy / "trajectory")
-    assert list(steps) == train_regression.schedule(train_config(copy))
+    assert list(steps) == schedule(train_config(copy))
     assert names == ["zero", "ridge"]
     model, task = train_regression.setting(train_config(copy))
     kept = CheckpointDir(copy / "checkpoints")
@@ -221,7 +222,7 @@ def test_trajectory_is_the_pca_of_the_predictions(copy, capsys):
 
 
 def test_some_checkpoints_first_and_the_rest_later(copy):
-    steps = train_regression.schedule(train_config(copy))
+    steps = schedule(train_config(copy))
     before = hashes(copy / "llc", "*.nc")
     shutil.rmtree(copy / "llc")
     estimate_llc.run(llc_config(copy, checkpoints=f"{steps[-1]},{steps[1]}"))
@@ -278,11 +279,11 @@ def test_variations_of_the_settings(copy):
     assert abs(still["llc"]) < 0.5
     [mean] = [r for r in records if r["value"] == "mean"]
     model, task = train_regression.setting(train_config(copy))
-    step = train_regression.schedule(train_config(copy))[-1]
+    step = schedule(train_config(copy))[-1]
     estimate = llc_jax.estimate_llc(
         jax.random.key(config.seed), RegressionLoss(model),
         CheckpointDir(copy / "checkpoints").restore_params(step),
-        estimate_llc.data_set(task, config.num_data, config.data_seed)[0], step=step,
+        train_regression.draw(task, config.num_data, config.data_seed), step=step,
         sampler=llc_jax.SGLD(config.step_size), nbeta=config.nbeta,
         localization=config.localization, num_chains=config.num_chains,
         num_draws=config.num_draws, num_burnin=config.num_burnin, batch_size=config.batch_size,
@@ -390,7 +391,7 @@ def test_sweep_leaves_out_a_damaged_checkpoint(copy):
     shutil.rmtree(copy / "llc")
     (copy / "checkpoints/15/manifest.json").write_text("{}")
     estimate_llc.run(llc_config(copy))
-    steps = train_regression.schedule(train_config(copy))
+    steps = schedule(train_config(copy))
     assert results.finished_steps(copy / "llc") == [s for s in steps if s != 15]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import llc_jax
 from experiments import estimate_llc, train_regression
+from experiments.training import schedule
 from llc_jax.data.regression import RegressionBatches
 from llc_jax.losses import RegressionLoss
 from llc_jax.models.regression import init_params
@@ -25,7 +26,7 @@ def test_paper_presets_are_the_published_settings():
     sweep = estimate_llc.PRESETS["paper"]
     assert (training.num_steps, training.batch_size, training.learning_rate) == (500_000, 256, 3e-3)
     assert training.double_residual
-    assert len(train_regression.schedule(training)) == 191
+    assert len(schedule(training)) == 191
     assert (sweep.step_size, sweep.nbeta, sweep.localization) == (3e-4, 66.67, 6.67)
     assert (sweep.num_data, sweep.batch_size, sweep.num_chains) == (2**20, 1024, 10)
     assert sweep.num_burnin + sweep.num_draws == 5000

@@ -90,3 +90,19 @@ def test_bad_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_llc_of_a_window_of_draws(tmp_path):
+    for step, estimate in estimates(5):
+        results.save_estimate(tmp_path, step, estimate, {})
+    sweep = results.load_sweep(tmp_path)
+    after = results.llc_between(sweep, 5, 17)
+    # All losses at the anchor are equal here, so that paired and unpaired estimates agree.
+    np.testing.assert_allclose(after, sweep.per_chain, rtol=1e-5)
+    whole = results.llc_between(sweep, 0, 17)
+    burnin = results.llc_between(sweep, 0, 5)
+    np.testing.assert_allclose(17 * whole, 5 * burnin + 12 * after, rtol=1e-5)
+    # The first draw is the anchor itself.
+    np.testing.assert_allclose(results.llc_between(sweep, 0, 1), 0.0, atol=1e-5)
+    with pytest.raises(ValueError, match="draws 3 to 18"):
+        results.llc_between(sweep, 3, 18)

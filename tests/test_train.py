@@ -1,6 +1,7 @@
 """Training: published schedule, Adam against numpy, block and resume invariance, faults."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -239,6 +240,53 @@ def test_update_that_breaks_the_parameters_is_not_yielded():
     state = train.init_state(initial_params(), optimizer)
     with pytest.raises(FloatingPointError, match="at step 3 "):
         run([4], state=state, optimizer=optimizer)
+
+
+class HostNormal:
+    """The batches of `normal_batch`, read on the host."""
+
+    def __init__(self):
+        self.read = []
+
+    def block(self, first, stop):
+        self.read.append((first, stop))
+        keys = [jax.random.fold_in(jax.random.key(KEY), step) for step in range(first, stop)]
+        batches = [jax.device_get(normal_batch(key)) for key in keys]
+        return jax.tree.map(lambda *x: np.stack(x), *batches)
+
+
+@pytest.mark.parametrize("block", [3, 8])
+def test_batches_of_the_host_are_those_of_their_steps(block):
+    host, whole = HostNormal(), run([10, 20])[-1][1]
+    read = run([10, 20], batch_fn=host, block=block)[-1][1]
+    for x, y in zip(jax.tree.leaves(read), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    ends = sorted({10, 20, *range(block, 20, block)})
+    assert host.read == [(0, 1), *itertools.pairwise([0, *ends])]  # one to look at its shape
+    # A run that resumes at the end of a block reads what is left, and comes out the same.
+    half = run([10], batch_fn=HostNormal(), block=block)[-1][1]
+    host = HostNormal()
+    resumed = run([10, 20], state=half, batch_fn=host, block=block)[-1][1]
+    assert host.read[1][0] == 10
+    assert_bitwise(resumed, read)
+
+
+def test_batches_of_the_host_are_split_over_a_mesh():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    one, many = run([10])[-1], run([10], batch_fn=HostNormal(), mesh=mesh)[-1]
+    for x, y in zip(jax.tree.leaves(one[1:]), jax.tree.leaves(many[1:]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_adamw_by_hand():
+    optimizer = train.adamw(0.1, weight_decay=0.5, num_warmup=4)
+    assert train.adamw(0.1, weight_decay=0.5, num_warmup=4) is optimizer
+    w, g = 2.0, 3.0  # the first Adam step is the sign of the gradient; the rate begins at a quarter
+    with jax.numpy_dtype_promotion("standard"):  # as in `train_step`
+        update, _ = optimizer.update(jnp.float32(g), optimizer.init(jnp.float32(w)), jnp.float32(w))
+    np.testing.assert_allclose(update, -0.1 / 4 * (1 + 0.5 * w), rtol=1e-5)
+    with pytest.raises(ValueError, match="learning_rate=0"):
+        train.adamw(0)
 
 
 @pytest.mark.parametrize("num_devices", [2, 4])

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from experiments import estimate_llc, train_regression
 from experiments.benchmarks import programs, timing
 from experiments.cli import option
+from experiments.training import schedule
 from llc_jax import parallel
 from llc_jax.losses import RegressionLoss
 from llc_jax.sampling import anchor_losses
@@ -110,7 +111,7 @@ def compile_sweep(config: Config, name: str) -> dict[str, Any]:
     """Compiles a chunk of the sweep for a topology and describes it, per device."""
     training = dataclasses.replace(train_regression.PRESETS["paper"], d_model=config.d_model)
     model, _ = train_regression.setting(training)
-    total = len(train_regression.schedule(training))
+    total = len(schedule(training))
     devices = topology(name)
     size = fill(total, PAPER.num_chains, devices)
     mesh = parallel.make_mesh(size, PAPER.num_chains, devices)

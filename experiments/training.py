@@ -1,0 +1,151 @@
+"""Trains whatever it is given to the end, from wherever the workdir stands."""
+
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experiments import cli, workdir
+from llc_jax.files import read_json
+
+
+class Recipe(NamedTuple):
+    """What is trained, and how.
+
+    Attributes:
+      init: `init(rng_key) -> params`.
+      loss_fn: see `llc_jax.train.fit`.
+      batch_fn: see `llc_jax.train.fit`.
+      optimizer: of optax.
+      tokens_per_step: to log the speed; 0 logs none.
+    """
+
+    init: Callable[[Any], Any]
+    loss_fn: Any
+    batch_fn: Any
+    optimizer: Any
+    tokens_per_step: int = 0
+
+
+def load_config(folder: str, config_type: type, experiment: str):
+    """Reads the configuration a workdir was trained with.
+
+    Args:
+      folder: the workdir.
+      config_type: its dataclass.
+      experiment: name of the module that trains such a run.
+
+    Raises:
+      ValueError: if it holds no training run, or one of another experiment.
+    """
+    content = record(folder, experiment)
+    if (found := content.get("experiment", "train_regression")) != experiment:
+        raise ValueError(f"{folder} was trained by {found}, which has no {experiment} in it.")
+    return config_type(**content["config"], workdir=folder, preset=content["preset"])
+
+
+def record(folder: str, experiment: str = "train_regression") -> dict[str, Any]:
+    """Reads `train.json` of a workdir.
+
+    Raises:
+      ValueError: if there is none; it names the experiment that makes one.
+    """
+    path = pathlib.Path(folder) / "train.json"
+    if not path.exists():
+        raise ValueError(
+            f"{path} does not exist: {folder} holds no training run; make one with python -m"
+            f" experiments.{experiment} --workdir={folder}"
+        )
+    return read_json(path)
+
+
+def schedule(config) -> list[int]:
+    """Returns the steps at which checkpoints are kept."""
+    from llc_jax.checkpoints import checkpoint_steps
+
+    return checkpoint_steps(config.num_steps, config.num_log, config.num_linear)
+
+
+def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any]) -> None:
+    """Trains.
+
+    1. A checkpoint counts if all its hashes hold; a damaged one is set aside when it is redone.
+    2. Training continues from the newest state with no scheduled checkpoint missing before it.
+    3. Steps after that are repeated; they come out bitwise the same.
+
+    With `--multihost` every process trains the same model on its own devices and process 0 writes.
+
+    Args:
+      config: with workdir, seed, num_steps, batch_size, num_log, num_linear, block.
+      phase: for the progress line.
+      recipe: called when there is something to do.
+      facts: for `train.json`, beside the configuration.
+    """
+    import jax
+
+    from llc_jax import parallel, train
+    from llc_jax.checkpoints import CheckpointDir
+
+    folder = pathlib.Path(config.workdir)
+    stops = schedule(config)
+    with workdir.lock(folder, "train" if cli.is_main() else f"train-{jax.process_index()}"):
+        if cli.is_main():
+            workdir.settle(folder / "train.json", cli.identity(config), facts)
+        kept = CheckpointDir(folder / "checkpoints", writer=cli.is_main())
+        stopped = CheckpointDir(folder / "stopped", writer=cli.is_main())
+        good = {s for s in kept.steps() if not kept.verify(s)}
+        missing = [s for s in stops if s not in good]
+        if not missing:
+            cli.say(f"{phase}: all {config.num_steps} steps are done")
+            return
+        init, loss_fn, batch_fn, optimizer, tokens_per_step = recipe()
+        init_key, data_key = jax.random.split(jax.random.key(config.seed))
+        state = train.init_state(init(init_key), optimizer)
+        starts = [
+            (s, source)
+            for source in (kept, stopped)
+            for s in source.steps()
+            if s <= missing[0] and not source.verify(s)
+        ]
+        if starts:
+            step, source = max(starts, key=lambda start: start[0])
+            _, params, opt_state = source.restore_state(state.opt_state, step)
+            state = train.TrainState(jax.numpy.int32(step), params, opt_state)
+            cli.say(f"{phase}: continuing from step {step}")
+        first = int(state.step)
+        if cli.is_main():
+            workdir.rewind_jsonl(folder / "metrics.jsonl", first)
+            if first == 0 and 0 in missing:
+                kept.save(0, state.params, state.opt_state)
+
+        def steps(flag):
+            mesh = parallel.data_mesh(config.batch_size)
+            before, clock = first, time.monotonic()
+            for step, state_, metrics in train.fit(
+                data_key, state, loss_fn=loss_fn, batch_fn=batch_fn, optimizer=optimizer,
+                stops=stops[1:], block=config.block, mesh=mesh,
+            ):  # fmt: skip
+                values = {name: float(value) for name, value in metrics.items()}
+                postfix = f" loss {values['loss']:.3f}"
+                if tokens_per_step:
+                    now = time.monotonic()
+                    speed = (step - before) * tokens_per_step / (now - clock)
+                    before, clock = step, now
+                    values["tokens_per_second"] = speed
+                    postfix += f", {speed:,.0f} tokens/s"
+                if cli.is_main():
+                    workdir.append_jsonl(folder / "metrics.jsonl", {"step": step, **values})
+                    if step in missing:
+                        kept.save(step, *jax.device_get((state_.params, state_.opt_state)))
+                    if flag.signum is not None:
+                        if step not in stops and step not in stopped.steps():
+                            stopped.save(step, *jax.device_get((state_.params, state_.opt_state)))
+                        cli.say(f"\n{phase}: stopped at step {step}; the same command continues")
+                        raise parallel.StopRequested(flag.signum)
+                yield step, postfix, None
+
+        with parallel.stop_signals() as flag:
+            for _ in cli.progress(steps(flag), phase, config.num_steps, "steps"):
+                pass
+        shutil.rmtree(stopped.folder, ignore_errors=True)
