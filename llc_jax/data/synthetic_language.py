@@ -110,7 +110,7 @@ def sample(rng_key: jax.Array, language: SyntheticLanguage, batch_size: int) -> 
 
     def append(carry, inputs):
         tokens_BxL, ranks_BxL, before_B, last_B = carry
-        position, (repeat_B, which_B, fresh_B) = inputs
+        position, (repeat_B, which_B) = inputs
         # Occurrences of a word are numbered from 0, so the last is number n = how many precede it.
         same_BxL = tokens_BxL == last_B[:, None]
         count_B = jnp.sum(same_BxL, axis=1, dtype=jnp.int32) - 1
@@ -118,16 +118,16 @@ def sample(rng_key: jax.Array, language: SyntheticLanguage, batch_size: int) -> 
         chosen_B = jnp.floor(which_B * count_B.astype(jnp.float32)).astype(jnp.int32)
         source_BxL = same_BxL & (ranks_BxL == chosen_B[:, None])
         copied_B = jnp.sum(jnp.where(source_BxL[:, :-1], tokens_BxL[:, 1:], 0), axis=1)
-        drawn_B = jnp.sum(cumulative_WxWxV[before_B, last_B] <= fresh_B[:, None], axis=1)
+        drawn_B = jnp.sum(cumulative_WxWxV[before_B, last_B] <= which_B[:, None], axis=1)
         repeats_B = (repeat_B < language.repetition) & (count_B > 0)
         next_B = jnp.where(repeats_B, copied_B, drawn_B).astype(jnp.int32)
         return (tokens_BxL.at[:, position].set(next_B), ranks_BxL, last_B, next_B), None
 
-    uniform_BxNx3 = jax.random.uniform(rng_key, (batch_size, length - 1, 3))
+    uniform_BxNx2 = jax.random.uniform(rng_key, (batch_size, length - 1, 2))
     unwritten_BxL = jnp.full((batch_size, length), -1, jnp.int32)
     tokens_BxL = unwritten_BxL.at[:, 0].set(start)
     start_B = tokens_BxL[:, 0]
-    inputs = jnp.arange(1, length), jnp.moveaxis(uniform_BxNx3, 0, -1)
+    inputs = jnp.arange(1, length), jnp.moveaxis(uniform_BxNx2, 0, -1)
     carry, _ = jax.lax.scan(append, (tokens_BxL, unwritten_BxL, start_B, start_B), inputs)
     return {"tokens": carry[0]}
 

@@ -26,7 +26,7 @@ from llc_jax.models.attention_only import (
 )
 from llc_jax.types import Batch, Params
 
-TOKENS_AT_ONCE = 2048  # 150 MB at the published size; on CPU more is no faster (measured)
+TOKENS_AT_ONCE = 2048  # 100 MB at the published size; on CPU more is no faster (measured)
 
 
 class Questions(NamedTuple):
