@@ -18,6 +18,7 @@ from experiments import (
     measure_curvature,
     measure_trajectory,
     settings,
+    train_language,
     train_regression,
     workdir,
 )
@@ -43,6 +44,7 @@ class Material(NamedTuple):
     """What there is to draw; the last three are None where nothing was measured.
 
     Attributes:
+      setting: of the run.
       metrics: lines of the training log.
       baselines: name -> loss of simple predictors.
       sweep: estimates, `results.load_sweep`.
@@ -54,6 +56,7 @@ class Material(NamedTuple):
       trajectory: of `measure_trajectory.load`.
     """
 
+    setting: settings.Setting
     metrics: list[dict[str, float]]
     baselines: dict[str, float]
     sweep: Any
@@ -131,9 +134,11 @@ def load(config) -> Material:
         behavior = results.load(measure_behavior.folder_of(config), "measure_behavior")
     if "trajectory" in found:
         trajectory = measure_trajectory.load(measure_trajectory.folder_of(config))
+    setting = settings.load(config.workdir)
     return Material(
+        setting=setting,
         metrics=workdir.read_jsonl(pathlib.Path(config.workdir) / "metrics.jsonl"),
-        baselines=settings.load(config.workdir).baselines(data),
+        baselines=setting.baselines(data),
         sweep=sweep,
         curve=curve,
         stages=find_stages.load_stages(found["stages"]),
@@ -146,7 +151,7 @@ def load(config) -> Material:
 
 def page(found: Material) -> dict[str, Any]:
     """The figures of the report, in its order."""
-    from llc_jax import behavior_figures, report, structure_figures
+    from llc_jax import report
     from llc_jax.curvature_figures import curvature_figure
     from llc_jax.trajectory_figures import trajectory_figure
 
@@ -159,23 +164,52 @@ def page(found: Material) -> dict[str, Any]:
         stages=found.stages,
     )
     if "parts" in found.sweep:
-        drawn["tokens"] = behavior_figures.tokens_figure(found.sweep, stages=found.stages)
+        drawn |= parts(found)
     if found.curvature:
         drawn["curvature"] = curvature_figure(
             found.sweep, found.curvature, curve=found.curve, stages=found.stages
         )
     if found.behavior is not None:
-        drawn["behavior"] = behavior_figures.behavior_figure(found.behavior, stages=found.stages)
-        drawn["structure"] = structure_figures.structure_figure(found.behavior, stages=found.stages)
+        drawn |= behavior(found)
     if found.trajectory is not None:
         steps, pca, names = found.trajectory
         drawn["trajectory"] = trajectory_figure(steps, pca, stages=found.stages, references=names)
     return drawn
 
 
+def parts(found: Material) -> dict[str, Any]:
+    """λ̂ of the parts of the loss."""
+    from llc_jax.behavior_figures import tokens_figure
+
+    if found.setting.experiment == "train_regression":
+        return {"tokens": tokens_figure(found.sweep, stages=found.stages)}
+    ends = train_language.octave_ends(found.setting.training)
+    starts = [1, *(end + 1 for end in ends[:-1])]
+    labels = [f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    return {
+        "octaves": tokens_figure(found.sweep, stages=found.stages, part="tokens", labels=labels)
+    }
+
+
+def behavior(found: Material) -> dict[str, Any]:
+    """Behaviour and structure, for the report."""
+    from llc_jax import behavior_figures, language_figures, structure_figures
+
+    measured, stages = found.behavior, found.stages
+    if found.setting.experiment == "train_regression":
+        return {
+            "behavior": behavior_figures.behavior_figure(measured, stages=stages),
+            "structure": structure_figures.structure_figure(measured, stages=stages),
+        }
+    return {
+        "language": language_figures.behavior_figure(measured, stages=stages),
+        "heads": language_figures.heads_figure(measured, stages=stages),
+    }
+
+
 def more(found: Material) -> dict[str, Any]:
     """The figures that would overload the report."""
-    from llc_jax import behavior_figures, structure_figures
+    from llc_jax import behavior_figures
     from llc_jax.smoothing import smooth_curve
 
     sweep = found.sweep
@@ -184,18 +218,34 @@ def more(found: Material) -> dict[str, Any]:
         return {"slopes": behavior_figures.slopes_figure(curves, stages=found.stages)}
     steps = found.behavior.checkpoint.values
     for name, values in (
-        ("loss", found.behavior.loss.mean("token").values),
+        ("loss", found.behavior.mean_loss.values),
         ("weight norm", found.behavior.weight_norm.values),
     ):
         if steps.size >= 4:
             curves[name] = (steps, values, smooth_curve(steps, values, kernel=found.kernel))
+    slopes = {"slopes": behavior_figures.slopes_figure(curves, stages=found.stages)}
+    return slopes | details(found)
+
+
+def details(found: Material) -> dict[str, Any]:
+    """Structure in detail."""
+    from llc_jax import language_figures, structure_figures
+    from llc_jax.metrics.language_structure import random_composition
+
+    measured, stages = found.behavior, found.stages
+    if found.setting.experiment == "train_regression":
+        return {"norms": structure_figures.norms_figure(measured, stages=stages)} | {
+            f"attention_{name}": structure_figures.attention_figure(measured, name, stages=stages)
+            for name in structure_figures.ATTENTION
+        }
     drawn = {
-        "slopes": behavior_figures.slopes_figure(curves, stages=found.stages),
-        "norms": structure_figures.norms_figure(found.behavior, stages=found.stages),
+        "positions": language_figures.positions_figure(measured, stages=stages),
+        "embedding": language_figures.embedding_figure(measured, stages=stages),
     }
-    for name in structure_figures.ATTENTION:
-        drawn[f"attention_{name}"] = structure_figures.attention_figure(
-            found.behavior, name, stages=found.stages
+    if "k_composition" in measured:
+        baseline = random_composition(train_language.model(found.setting.training))
+        drawn["composition"] = language_figures.composition_figure(
+            measured, baseline, stages=stages
         )
     return drawn
 

@@ -14,6 +14,7 @@ class Setting(NamedTuple):
     """A run.
 
     Attributes:
+      experiment: that trained it.
       title: what was learnt, in words.
       training: Config of the run.
       loss_fn: losses per example.
@@ -22,6 +23,7 @@ class Setting(NamedTuple):
       baselines: `baselines(data) -> {name: loss}` of predictors that need no training.
     """
 
+    experiment: str
     title: str
     training: Any
     loss_fn: Any
@@ -39,8 +41,8 @@ def load(folder: str) -> Setting:
     Raises:
       ValueError: if it holds no training run.
     """
-    kind = KINDS[training.record(folder).get("experiment", "train_regression")]
-    return Setting(*kind.described(kind.load_config(folder)))
+    experiment = training.record(folder).get("experiment", "train_regression")
+    return Setting(experiment, *KINDS[experiment].described(KINDS[experiment].load_config(folder)))
 
 
 @functools.cache

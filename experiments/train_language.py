@@ -67,7 +67,7 @@ def synthetic() -> Config:
     """All stages in minutes, in a language whose law is known."""
     return Config(
         workdir="runs/language-synthetic", preset="synthetic", data="synthetic", num_heads=4,
-        d_model=64, learning_rate=3e-3, num_warmup=50,
+        d_model=64, positions="learned", num_steps=2000, learning_rate=3e-3, num_warmup=50,
     )  # fmt: skip
 
 

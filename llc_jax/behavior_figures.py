@@ -32,20 +32,24 @@ def behavior_figure(found, *, stages: Sequence = ()) -> Figure:
     return figure
 
 
-def tokens_figure(sweep, *, stages: Sequence = ()) -> Figure:
-    """Draws λ̂ of the loss at each example, from the chains of the whole loss.
+def tokens_figure(
+    sweep, *, stages: Sequence = (), part: str = "example k", labels: Sequence[str] | None = None
+) -> Figure:
+    """Draws λ̂ of the loss at each example, or of other parts, from the chains of the whole loss.
 
     Args:
       sweep: `xarray.Dataset` of `LLCEstimate.to_xarray` with a leading dimension checkpoint and
         the variables `parts` and `parts_stderr`.
       stages: of `llc_jax.find_stages`; may be empty.
+      part: what a part of the loss is.
+      labels: of the parts; by default k = 1 to K, of which three are named.
     """
     figure = figures.InlineFigure(figsize=(9.6, 4.2), layout="constrained")
     ax = figure.subplots()
     steps = sweep.checkpoint.values
-    per_token(ax, steps, sweep.parts.values, errors=sweep.parts_stderr.values)
+    per_token(ax, steps, sweep.parts.values, errors=sweep.parts_stderr.values, labels=labels)
     ax.plot(steps, sweep.llc.values, color=figures.INK, lw=1.5, ls="--", label="whole loss")
-    ax.set_ylabel(f"{figures.LLC} of the\nloss at example k")
+    ax.set_ylabel(f"{figures.LLC} of the\nloss at {part}")
     finish(figure, [ax], steps, stages)
     return figure
 
@@ -104,7 +108,7 @@ def icl_over_steps(ax: Axes, found) -> Axes:
 
 def per_token(
     ax: Axes, steps: ArrayLike, values: np.ndarray, *, errors: np.ndarray | None = None,
-    floors: ArrayLike | None = None,
+    floors: ArrayLike | None = None, labels: Sequence[str] | None = None,
 ) -> Axes:  # fmt: skip
     """Draws a line per example, dark for late ones.
 
@@ -114,10 +118,13 @@ def per_token(
       values: [N, K].
       errors: [N, K] standard errors, or None.
       floors: [K] dotted levels, or None.
+      labels: [K], or None for k = 1 to K, of which three are named.
     """
     count = values.shape[1]
-    for k, color in enumerate(figures.shades(count)):
-        label = f"k = {k + 1}" if k in (0, count // 2, count - 1) else "_"
+    if labels is None:
+        named = (0, count // 2, count - 1)
+        labels = [f"k = {k + 1}" if k in named else "_" for k in range(count)]
+    for k, (color, label) in enumerate(zip(figures.shades(count), labels, strict=True)):
         if errors is None:
             ax.plot(steps, values[:, k], color=color, lw=1.2, label=label)
         else:

@@ -44,7 +44,10 @@ HEADINGS = {
     "traces": "Chains",
     "tokens": "λ̂ of every token",
     "curvature": "Curvature",
+    "octaves": "λ̂ of early and late tokens",
     "behavior": "Behaviour",
+    "language": "Behaviour",
+    "heads": "Heads",
     "structure": "Structure",
     "trajectory": "Path in function space",
 }
@@ -59,6 +62,15 @@ CAPTIONS = {
     " stopped there.",
     "tokens": "λ̂ of the loss at each example, from the same chains; their mean is that of the whole"
     " loss.",
+    "octaves": "λ̂ of the mean loss over tokens at some places of a sequence, from the same chains;"
+    " weighted by how many tokens there are, they add up to that of the whole loss.",
+    "language": "What the model does. Loss on held-out sequences, as it is and with the position"
+    " embedding set to 0; cross-entropy of its predictions with the law of pairs of words, which is"
+    " least for a model that knows these alone; loss at the last token of n-grams, given only the"
+    " others, against the loss of any token at that place: above 1 the model knows them; and how"
+    " much lower the loss is late in a sequence than early.",
+    "heads": "What attention heads look at, on random sequences: the previous token; what followed"
+    " an earlier occurrence of the word, of which there is one, or a whole block of them.",
     "behavior": "What the model does. Loss at each example, with that of the optimal predictor"
     " (ridge) dotted; the mean square of the predictions, small where the model predicts the mean"
     " of the task prior, zero; their distance to those of ridge; and how much lower the loss at the"
