@@ -102,7 +102,7 @@ def heads_figure(
         ends.append(_lines(ax, found.checkpoint, values_NxK, names, colors, labels, best))
         if score in (chance or {}):
             ax.axhline(chance[score], color=figures.INK, ls=":", label="uniform attention")
-        figures.dress(ax, ylabel).set_ylim(bottom=0)
+        figures.dress(ax, ylabel)
     _finish_named(figure, axes, found.checkpoint.values, stages, ends)
     return figure
 
@@ -135,7 +135,7 @@ def composition_figure(found, baseline: float, *, stages: Sequence = ()) -> Figu
             colors[i] = color
         ends.append(_lines(ax, found.checkpoint, values_NxK, names, colors, labels, best))
         ax.axhline(baseline, color=figures.INK, ls="--", label="unrelated heads", zorder=4)
-        figures.dress(ax, f"{kind[0].upper()}-composition\n(ratio of norms)").set_ylim(bottom=0)
+        figures.dress(ax, f"{kind[0].upper()}-composition\n(ratio of norms)")
     _finish_named(figure, axes, found.checkpoint.values, stages, ends)
     return figure
 
@@ -207,14 +207,17 @@ def _highest_last(values_NxK: np.ndarray, count: int) -> list[int]:
 
 
 def _finish_named(figure: Figure, axes, steps, stages: Sequence, ends: Iterable[dict]) -> None:
-    """As `finish`, with names beside the ends of lines and the legend below."""
+    """As `finish`, from 0 on, with names beside the ends of lines and the legend below."""
     figures.log_step_axis(axes[-1], np.min(steps), np.max(steps))
+    handles = {}
     for ax, named in zip(axes, ends, strict=True):
+        ax.set_ylim(bottom=0)  # not before, since it ends the scaling to what is drawn
         figures.stage_bands(ax, stages, labels=ax is axes[0])
         _name_ends(ax, named)
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.align_ylabels(axes)
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
+        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
     )
 
 

@@ -151,7 +151,7 @@ def names_of(ax):
 
 
 def test_every_head_is_drawn_in_the_colours_of_its_layer_and_the_best_are_named(found):
-    chance = {"previous_token": 0.029, "induction": 0.013}
+    chance = {"prefix_matching": 0.011, "induction": 0.013}
     figure = draw.heads_figure(found, stages=STAGES, chance=chance)
     assert_on_steps_with_stages(figure.axes)
     for ax, score in zip(figure.axes, draw.HEADS, strict=True):
@@ -213,6 +213,14 @@ def test_composition_names_the_strongest_pairs_beside_the_baseline(found):
         assert baseline.get_linestyle() == "--"
         colored = {i for i, line in enumerate(ax.lines[:16]) if line.get_color() != "0.7"}
         assert colored == set(strongest)
+
+
+def test_all_kinds_of_composition_fit_the_scale_they_share(found):
+    steep = found.assign(v_composition=5 * found.v_composition)
+    axes = draw.composition_figure(steep, BASELINE).axes
+    assert axes[0].get_ylim() == axes[2].get_ylim()
+    assert axes[0].get_ylim()[0] == 0
+    assert axes[0].get_ylim()[1] > steep.v_composition.max()
 
 
 def test_one_layer_has_no_composition():

@@ -7,13 +7,16 @@ import shutil
 
 import jax
 import numpy as np
+import pandas
 import pytest
 
 from experiments import (
     estimate_llc,
     find_stages,
+    make_figures,
     make_report,
     measure_curvature,
+    measure_language,
     settings,
     train_language,
     train_regression,
@@ -118,12 +121,34 @@ def test_estimates_curvature_stages_and_report(which, request):
     measure_curvature.run(
         dataclasses.replace(measure_curvature.PRESETS["smoke"], **common, num_data=16)
     )
+    asked = dataclasses.replace(measure_language.PRESETS["smoke"], **common, num_sequences=16)
+    if which == "text":
+        with pytest.raises(ValueError, match=r"how_many=10: the texts have \d words of 2 tokens"):
+            measure_language.run(asked)
+        asked = dataclasses.replace(asked, num_ngrams=1)
+    measure_language.run(asked)
+    behavior = pandas.read_csv(measure_language.folder_of(asked) / "behavior.csv")
+    assert behavior.step.tolist() == schedule(training)
+    assert (behavior.bigram_score >= behavior.bigram_floor).all()
+    heads = pandas.read_csv(measure_language.folder_of(asked) / "heads.csv")
+    assert len(heads) == len(behavior) * training.num_layers * training.num_heads
     find_stages.run(dataclasses.replace(find_stages.PRESETS["smoke"], **common))
     make_report.run(dataclasses.replace(make_report.PRESETS["smoke"], **common))
     page = (pathlib.Path(training.workdir) / "report.html").read_text()
-    assert "attention-only language model" in page
+    for heading in ("attention-only language model", "Heads", "λ̂ of early and late tokens"):
+        assert heading in page
+    make_figures.run(dataclasses.replace(make_figures.PRESETS["smoke"], **common))
+    assert (pathlib.Path(training.workdir) / "figures" / "composition.png").exists()
 
 
 def test_a_run_of_one_kind_is_not_taken_for_the_other(synthetic):
     with pytest.raises(ValueError, match="was trained by train_language"):
         train_regression.load_config(synthetic.workdir)
+
+
+def test_most_frequent_ngrams_of_rows():
+    rows = np.array([[9, 1, 2, 1, 2, 3], [9, 1, 2, 3, 1, 2]])
+    np.testing.assert_array_equal(measure_language.frequent(rows, 2, 2), [[1, 2], [2, 3]])
+    np.testing.assert_array_equal(measure_language.frequent(rows, 3, 1), [[1, 2, 3]])
+    with pytest.raises(ValueError, match="num_ngrams=9"):
+        measure_language.frequent(rows, 2, 9)
