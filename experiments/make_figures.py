@@ -250,6 +250,27 @@ def details(found: Material) -> dict[str, Any]:
     return drawn
 
 
+def texts(config, found: Material) -> dict[str, str]:
+    """A page for each stage: texts, coloured by how their prediction changed over it."""
+    import numpy as np
+
+    from llc_jax.files import read_json
+    from llc_jax.heatmap import heatmap_html
+
+    path = measure_behavior.folder_of(config) / "texts.json"
+    if found.behavior is None or "text_log_probs" not in found.behavior or not path.exists():
+        return {}
+    steps, log_probs = found.behavior.checkpoint.values, found.behavior.text_log_probs.values
+    pages = {}
+    for number, stage in enumerate(found.stages, 1):
+        first, last = (int(np.argmin(np.abs(steps - s))) for s in (stage.start, stage.end))
+        pages[f"texts_stage_{number}"] = heatmap_html(
+            read_json(path), log_probs[last] - log_probs[first],
+            title=f"Stage {number}: what steps {steps[first]:,} to {steps[last]:,} changed",
+        )  # fmt: skip
+    return pages
+
+
 def run(config: Config, phase: str = "figures") -> None:
     """Writes `figures/*.png`."""
     from llc_jax.figures import png
@@ -260,6 +281,8 @@ def run(config: Config, phase: str = "figures") -> None:
     drawn = page(found) | more(found)
     for name, figure in drawn.items():
         write_atomic(folder / f"{name}.png", png(figure))
+    for name, html in texts(config, found).items():
+        write_atomic(folder / f"{name}.html", html)
     cli.say(f"{phase}: wrote {len(drawn)} figures to {folder}")
 
 

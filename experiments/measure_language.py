@@ -5,7 +5,8 @@
 Loss by position, with positions ablated, bigram and n-gram scores, learning in context; attention
 to the previous token and to what followed an earlier occurrence, of every head; composition of
 heads, position embedding, norms. The same command starts, continues or does nothing: one file per
-checkpoint in `behavior/`, and `behavior.csv` and `heads.csv` at the end.
+checkpoint in `behavior/`, and `behavior.csv` and `heads.csv` at the end; `texts.json` has the
+tokens of the texts that `make_figures` colours by what changed over each stage.
 Expected: the divergence from the bigrams falls and rises again; n-gram scores rise above 1; then
 heads of the first layer find the previous token, and those of the second earlier occurrences.
 """
@@ -84,6 +85,14 @@ def material(config: Config, training: train_language.Config):
     return tokens.heldout[: config.num_sequences], table, grams, tokens.tokenizer.eos_id
 
 
+def words(training: train_language.Config, rows) -> list[list[str]]:
+    """The tokens of sequences [B, L] as text; those of the synthetic language are numbered."""
+    if training.data == "synthetic":
+        return [[f"{token} " for token in row] for row in rows.tolist()]
+    tokenizer = train_language.tokens(training).tokenizer
+    return [[tokenizer.decode([token]) for token in row] for row in rows.tolist()]
+
+
 def frequent(rows, n: int, how_many: int):
     """The most frequent n-grams of sequences [B, L], their first token left out: [how_many, n]."""
     import numpy as np
@@ -102,7 +111,7 @@ def run(config: Config, phase: str = "behavior") -> None:
     """Measures what is missing."""
     from llc_jax import checks, results
     from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.files import write_atomic
+    from llc_jax.files import write_atomic, write_json
     from llc_jax.mapping import map_checkpoints
     from llc_jax.metrics import language, language_datasets, language_structure, probes
 
@@ -137,6 +146,7 @@ def run(config: Config, phase: str = "behavior") -> None:
                 questions, asked, checkpoint_batch=config.checkpoint_batch,
             )  # fmt: skip
             workdir.settle(folder / "config.json", identity, {"command": line})
+            write_json(folder / "texts.json", words(training, rows[: config.num_texts]))
             for name in tables:  # stale from the first result on
                 (folder / name).unlink(missing_ok=True)
 

@@ -42,7 +42,8 @@ def synthetic(tmp_path_factory):
 def text(tmp_path_factory):
     """A run on a file of text, in which one word follows another with certainty."""
     root = tmp_path_factory.mktemp("text")
-    documents = ["one two three four five six seven eight nine ten. " * 12] * 80
+    # Words of 2, 3 and 4 tokens: a letter that begins many words, and letters that do not pair up.
+    documents = ["one two three four five six seven eight nine ten. " * 12 + "tz tzq tzqv."] * 80
     (root / "corpus.txt").write_text("<|endoftext|>".join(documents))
     config = dataclasses.replace(
         SMOKE, workdir=str(root / "run"), data=str(root / "corpus.txt"), tokenizer="280",
@@ -138,7 +139,12 @@ def test_estimates_curvature_stages_and_report(which, request):
     for heading in ("attention-only language model", "Heads", "λ̂ of early and late tokens"):
         assert heading in page
     make_figures.run(dataclasses.replace(make_figures.PRESETS["smoke"], **common))
-    assert (pathlib.Path(training.workdir) / "figures" / "composition.png").exists()
+    drawn = pathlib.Path(training.workdir) / "figures"
+    assert (drawn / "composition.png").exists()
+    stages = find_stages.load_stages(pathlib.Path(training.workdir) / sampling.name / "stages.json")
+    pages = [(drawn / f"texts_stage_{i + 1}.html").read_text() for i in range(len(stages))]
+    assert all("what steps" in page for page in pages)
+    assert pages
 
 
 def test_a_run_of_one_kind_is_not_taken_for_the_other(synthetic):
