@@ -180,7 +180,9 @@ def baselines(config: Config, data) -> dict[str, float]:
         from llc_jax.data.synthetic_language import reference_losses
 
         known = reference_losses(language(config), data["tokens"][:256])
-        return uniform | {name: float(np.mean(losses)) for name, losses in known.items()}
+        return uniform | {
+            name.replace("_", " "): float(np.mean(losses)) for name, losses in known.items()
+        }
     ids = np.asarray(data["tokens"][:, 1:]).ravel()
     counts = np.bincount(ids, minlength=vocabulary(config)) / ids.size
     return uniform | {"word frequencies": float(-np.sum(counts * np.log(counts + (counts == 0))))}

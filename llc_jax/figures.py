@@ -118,7 +118,8 @@ def loss_over_steps(
         # An escaped dollar, so that no name is read as mathematics.
         label = f"{loss:.4g}  {name}".replace("$", r"\$")
         color = CHAIN_COLORS[1:][i % (len(CHAIN_COLORS) - 1)]
-        ax.axhline(loss, color=color, ls="--", lw=1.3, label=label)
+        style = ("--", ":", "-.")[i // (len(CHAIN_COLORS) - 1) % 3]  # colours come again
+        ax.axhline(loss, color=color, ls=style, lw=1.3, label=label)
     return dress(ax, "loss")
 
 
