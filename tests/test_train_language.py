@@ -104,6 +104,7 @@ def test_the_same_command_repeats_what_is_missing_bitwise(text, tmp_path):
         train_language.run(dataclasses.replace(copy, learning_rate=0.02))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["synthetic", "text"])
 def test_estimates_curvature_stages_and_report(which, request):
     training = request.getfixturevalue(which)
