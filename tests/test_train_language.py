@@ -88,6 +88,7 @@ def test_data_set_of_a_text_has_distinct_training_rows(text):
         settings.load(text.workdir).draw(1_000_000, 0)
 
 
+@pytest.mark.slow
 def test_the_same_command_repeats_what_is_missing_bitwise(text, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(text.workdir, folder)
