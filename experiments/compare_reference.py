@@ -21,7 +21,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import cli, estimate_llc, measure_behavior, measure_curvature, train_regression
+from experiments import cli, estimate_llc, measure_curvature, measuring, train_regression
 from experiments.cli import option
 from llc_jax.files import read_json
 
@@ -126,7 +126,7 @@ def ours(config: Config) -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
     from llc_jax.results import finished_steps, load_sweep
 
     found = {}
-    path = measure_behavior.folder_of(config) / "behavior.csv"
+    path = measuring.folder_of(config) / "behavior.csv"
     if path.exists():
         frame = pandas.read_csv(path, index_col="step")
         if f"loss_{TOKENS}" not in frame or f"loss_{TOKENS + 1}" in frame:
@@ -198,7 +198,7 @@ def scale(config: Config, file: str, column: str) -> float:
     """What our standard error is to be multiplied by to be that of the difference to theirs."""
     if file != "behavior":
         return 1.0
-    measured = read_json(measure_behavior.folder_of(config) / "config.json")["config"]
+    measured = read_json(measuring.folder_of(config) / "config.json")["config"]
     size = measured["num_far" if column.startswith("far_") else "num_sequences"]
     return math.sqrt(1 + size / config.recorded_sequences)
 

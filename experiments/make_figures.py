@@ -14,9 +14,9 @@ from experiments import (
     cli,
     estimate_llc,
     find_stages,
-    measure_behavior,
     measure_curvature,
     measure_trajectory,
+    measuring,
     settings,
     train_language,
     train_regression,
@@ -85,7 +85,7 @@ def records(config) -> dict[str, pathlib.Path]:
             raise ValueError(f"{path} is missing: run the experiment that makes the {name} first.")
     optional = {
         "curvature": (measure_curvature.folder_of(config), "records.jsonl", "config.json"),
-        "behavior": (measure_behavior.folder_of(config), "behavior.csv", "config.json"),
+        "behavior": (measuring.folder_of(config), "behavior.csv", "config.json"),
         "trajectory": (measure_trajectory.folder_of(config), "trajectory.csv", "trajectory.json"),
     }
     return needed | {
@@ -103,7 +103,7 @@ def inputs(config) -> str:
     root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
     found = records(config)
     sources = pathlib.Path(__file__).parents[1] / "llc_jax"
-    behavior, trajectory = measure_behavior.folder_of(config), measure_trajectory.folder_of(config)
+    behavior, trajectory = measuring.folder_of(config), measure_trajectory.folder_of(config)
     return digest(
         [*found.values(), root / "metrics.jsonl"]
         + sorted([*sources.glob("report*.py"), *sources.glob("*figures.py")])
@@ -131,7 +131,7 @@ def load(config) -> Material:
     )
     behavior = trajectory = None
     if "behavior" in found:
-        behavior = results.load(measure_behavior.folder_of(config), "measure_behavior")
+        behavior = results.load(measuring.folder_of(config), "measure_behavior")
     if "trajectory" in found:
         trajectory = measure_trajectory.load(measure_trajectory.folder_of(config))
     setting = settings.load(config.workdir)
@@ -257,7 +257,7 @@ def texts(config, found: Material) -> dict[str, str]:
     from llc_jax.files import read_json
     from llc_jax.heatmap import heatmap_html
 
-    path = measure_behavior.folder_of(config) / "texts.json"
+    path = measuring.folder_of(config) / "texts.json"
     if found.behavior is None or "text_log_probs" not in found.behavior or not path.exists():
         return {}
     steps, log_probs = found.behavior.checkpoint.values, found.behavior.text_log_probs.values

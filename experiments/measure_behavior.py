@@ -11,9 +11,8 @@ fall below those of early ones.
 """
 
 import dataclasses
-import pathlib
 
-from experiments import cli, train_regression, workdir
+from experiments import cli, measuring, train_regression
 from experiments.cli import option
 
 
@@ -69,18 +68,11 @@ class Measure:
         return self.behavior(step, params, sequences, few) | self.structure(step, params, seen)
 
 
-def folder_of(config) -> pathlib.Path:
-    """Returns the folder of the results."""
-    return pathlib.Path(config.workdir) / "behavior"
-
-
 def run(config: Config, phase: str = "behavior") -> None:
-    """Measures what is missing."""
+    """Measures what is missing; see `experiments.measuring`."""
     import jax
 
-    from llc_jax import checks, results
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.files import write_atomic
+    from llc_jax import checks
     from llc_jax.mapping import map_checkpoints
     from llc_jax.metrics import datasets, regression, structure
 
@@ -92,55 +84,33 @@ def run(config: Config, phase: str = "behavior") -> None:
                 f"{name}={getattr(config, name)} is above num_sequences={config.num_sequences},"
                 " of which it takes the first."
             )
-    folder = folder_of(config)
     model, task = train_regression.setting(train_regression.load_config(config.workdir))
-    kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
+
+    def measure(kept, steps):
+        sequences = regression.evaluation_set(
+            jax.random.key(config.seed), task, config.num_sequences
+        )
+        few, seen = (
+            {name: x[:count] for name, x in sequences.items()}
+            for count in (config.num_far, config.num_attention)
+        )
+        measured = map_checkpoints(
+            Measure(regression.Behavior(model), structure.Structure(model)),
+            ((step, kept.restore_params(step)) for step in steps),
+            sequences, few, {name: seen[name] for name in ("x", "y")},
+            checkpoint_batch=config.checkpoint_batch,
+        )  # fmt: skip
+
+        def named(step, found):
+            params = kept.restore_params(step)
+            found |= structure.embeddings(params)
+            names = structure.layer_norm_names(params)
+            return step, datasets.dataset(found, regression.GAINS, names), found["mean_loss"]
+
+        return (named(*one) for one in measured)
+
     tables = {"behavior.csv": datasets.behavior_table, "attention.csv": datasets.attention_table}
-    with workdir.lock(folder, "behavior"):
-        identity = cli.identity(config, ["checkpoint_batch"])
-        line = cli.command("measure_behavior", config.preset, config, PRESETS[config.preset])
-        workdir.settle(folder / "config.json", identity, {"command": line})
-        done = set(results.finished_steps(folder))
-        steps = workdir.good_steps(kept, done)
-        work = [step for step in steps if step not in done]
-        if not work:
-            cli.say(f"{phase}: all checkpoints are done")
-        else:
-            sequences = regression.evaluation_set(
-                jax.random.key(config.seed), task, config.num_sequences
-            )
-            few, seen = (
-                {name: x[:count] for name, x in sequences.items()}
-                for count in (config.num_far, config.num_attention)
-            )
-            measured = map_checkpoints(
-                Measure(regression.Behavior(model), structure.Structure(model)),
-                ((step, kept.restore_params(step)) for step in work),
-                sequences, few, {name: seen[name] for name in ("x", "y")},
-                checkpoint_batch=config.checkpoint_batch,
-            )  # fmt: skip
-            for name in tables:  # stale from the first result on
-                (folder / name).unlink(missing_ok=True)
-
-            def finish():
-                for count, (step, found) in enumerate(measured, 1):
-                    params = kept.restore_params(step)
-                    found |= structure.embeddings(params)
-                    names = structure.layer_norm_names(params)
-                    results.save(folder, step, datasets.dataset(found, regression.GAINS, names))
-                    loss = f" step {step}: loss {found['mean_loss']:.4f}"
-                    yield count, loss, None
-
-            for _ in cli.progress(finish(), phase, len(work), "checkpoints"):
-                pass
-        if work or not all((folder / name).exists() for name in tables):
-            whole = results.load(folder, "measure_behavior")
-            for name, table in tables.items():
-                frame = table(whole)
-                text = frame.to_csv(
-                    index=name == "behavior.csv", float_format="%.7g", lineterminator="\n"
-                )
-                write_atomic(folder / name, text)
+    measuring.run(config, phase, "measure_behavior", PRESETS, measure, tables)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ heads of the first layer find the previous token, and those of the second earlie
 """
 
 import dataclasses
-import pathlib
 
-from experiments import cli, train_language, workdir
+from experiments import cli, measuring, train_language
 from experiments.cli import option
 
 
@@ -52,11 +51,6 @@ class Measure:
     def __call__(self, step, params, questions, probes):
         """Returns both dictionaries in one."""
         return self.behavior(step, params, questions) | self.structure(step, params, probes)
-
-
-def folder_of(config) -> pathlib.Path:
-    """Returns the folder of the results."""
-    return pathlib.Path(config.workdir) / "behavior"
 
 
 def material(config: Config, training: train_language.Config):
@@ -108,65 +102,42 @@ def frequent(rows, n: int, how_many: int):
 
 
 def run(config: Config, phase: str = "behavior") -> None:
-    """Measures what is missing."""
-    from llc_jax import checks, results
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.files import write_atomic, write_json
+    """Measures what is missing; see `experiments.measuring`."""
+    from llc_jax import checks
+    from llc_jax.files import write_json
     from llc_jax.mapping import map_checkpoints
     from llc_jax.metrics import language, language_datasets, language_structure, probes
 
     for name in ("num_sequences", "num_probes", "num_ngrams", "num_texts"):
         checks.at_least(name, getattr(config, name), 1)
-    folder = folder_of(config)
     training = train_language.load_config(config.workdir)
-    kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
+
+    def measure(kept, steps):
+        model = train_language.model(training)
+        rows, table, grams, start = material(config, training)
+        texts = rows[: config.num_texts]
+        measured = map_checkpoints(
+            Measure(language.Behavior(model), language_structure.Structure(model)),
+            ((step, kept.restore_params(step)) for step in steps),
+            language.questions(config.seed, model, rows, table, grams, texts),
+            probes.probes(config.seed, config.num_probes, model, start),
+            checkpoint_batch=config.checkpoint_batch,
+        )  # fmt: skip
+        write_json(measuring.folder_of(config) / "texts.json", words(training, texts))
+
+        def named(step, found):
+            params = kept.restore_params(step)
+            found |= language_structure.position_components(params)
+            names = language_structure.weight_names(params)
+            return step, language_datasets.dataset(found, LENGTHS, names), found["mean_loss"]
+
+        return (named(*one) for one in measured)
+
     tables = {
         "behavior.csv": language_datasets.behavior_table,
         "heads.csv": language_datasets.heads_table,
     }
-    with workdir.lock(folder, "behavior"):
-        identity = cli.identity(config, ["checkpoint_batch"])
-        line = cli.command("measure_language", config.preset, config, PRESETS[config.preset])
-        done = set(results.finished_steps(folder))
-        steps = workdir.good_steps(kept, done)
-        work = [step for step in steps if step not in done]
-        if not work:
-            workdir.settle(folder / "config.json", identity, {"command": line})
-            cli.say(f"{phase}: all checkpoints are done")
-        else:
-            model = train_language.model(training)
-            rows, table, grams, start = material(config, training)
-            questions = language.questions(
-                config.seed, model, rows, table, grams, rows[: config.num_texts]
-            )
-            asked = probes.probes(config.seed, config.num_probes, model, start)
-            measured = map_checkpoints(
-                Measure(language.Behavior(model), language_structure.Structure(model)),
-                ((step, kept.restore_params(step)) for step in work),
-                questions, asked, checkpoint_batch=config.checkpoint_batch,
-            )  # fmt: skip
-            workdir.settle(folder / "config.json", identity, {"command": line})
-            write_json(folder / "texts.json", words(training, rows[: config.num_texts]))
-            for name in tables:  # stale from the first result on
-                (folder / name).unlink(missing_ok=True)
-
-            def finish():
-                for count, (step, found) in enumerate(measured, 1):
-                    params = kept.restore_params(step)
-                    found |= language_structure.position_components(params)
-                    names = language_structure.weight_names(params)
-                    results.save(folder, step, language_datasets.dataset(found, LENGTHS, names))
-                    yield count, f" step {step}: loss {found['mean_loss']:.4f}", None
-
-            for _ in cli.progress(finish(), phase, len(work), "checkpoints"):
-                pass
-        if work or not all((folder / name).exists() for name in tables):
-            whole = results.load(folder, "measure_language")
-            for name, make in tables.items():
-                text = make(whole).to_csv(
-                    index=name == "behavior.csv", float_format="%.7g", lineterminator="\n"
-                )
-                write_atomic(folder / name, text)
+    measuring.run(config, phase, "measure_language", PRESETS, measure, tables)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the experiments after training need to know of a run, whichever model it trained."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +44,6 @@ def load(folder: str) -> Setting:
     return Setting(experiment, *KINDS[experiment].described(KINDS[experiment].load_config(folder)))
 
 
-@functools.cache
 def data_set(folder: str, num_data: int, seed: int) -> tuple[Any, str]:
     """The data set of the estimates as host arrays, and its SHA-256."""
     data = load(folder).draw(num_data, seed)

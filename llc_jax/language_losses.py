@@ -64,48 +64,32 @@ class LanguageTokenLosses:
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageLoss:
+class LanguageLoss(LanguageTokenLosses):
     """Mean cross-entropy of the L-1 next-token predictions of each sequence, in nats.
 
     Source: the empirical loss of Hoogland et al. 2024, arXiv 2402.02364.
 
-    Attributes:
-      model: the transformer whose parameters are passed in.
-      chunk: positions to unembed at once, see `LanguageTokenLosses`.
+    Attributes are those of `LanguageTokenLosses`.
     """
-
-    model: AttentionOnlyTransformer
-    chunk: int = 0
-
-    def __post_init__(self) -> None:
-        LanguageTokenLosses(self.model, self.chunk)
 
     def __call__(self, params: Params, batch: Batch) -> jax.Array:
         """Returns the mean over predictions of {"tokens": integers [B, L]}, float32 [B]."""
-        return jnp.mean(LanguageTokenLosses(self.model, self.chunk)(params, batch), axis=1)
+        return jnp.mean(super().__call__(params, batch), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageOctaveLosses:
+class LanguageOctaveLosses(LanguageTokenLosses):
     """Mean cross-entropy of predictions 1, 2-3, 4-7, 8-15, ... of each sequence, in nats.
 
     Parts of the loss whose number grows as log L: for λ̂ of early and late positions. Weighted by
     how many predictions an octave holds, they add up to `LanguageLoss`.
 
-    Attributes:
-      model: the transformer whose parameters are passed in.
-      chunk: positions to unembed at once, see `LanguageTokenLosses`.
+    Attributes are those of `LanguageTokenLosses`.
     """
-
-    model: AttentionOnlyTransformer
-    chunk: int = 0
-
-    def __post_init__(self) -> None:
-        LanguageTokenLosses(self.model, self.chunk)
 
     def __call__(self, params: Params, batch: Batch) -> jax.Array:
         """Returns the mean over each octave of {"tokens": integers [B, L]}, float32 [B, octave]."""
-        losses_BxM = LanguageTokenLosses(self.model, self.chunk)(params, batch)
+        losses_BxM = super().__call__(params, batch)
         edges = [0, *octaves(losses_BxM.shape[1] + 1)]
         means = [losses_BxM[:, a:b].mean(axis=1) for a, b in itertools.pairwise(edges)]
         return jnp.stack(means, axis=1)

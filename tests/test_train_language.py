@@ -17,6 +17,7 @@ from experiments import (
     make_report,
     measure_curvature,
     measure_language,
+    measuring,
     settings,
     train_language,
     train_regression,
@@ -130,10 +131,10 @@ def test_estimates_curvature_stages_and_report(which, request):
             measure_language.run(asked)
         asked = dataclasses.replace(asked, num_ngrams=1)
     measure_language.run(asked)
-    behavior = pandas.read_csv(measure_language.folder_of(asked) / "behavior.csv")
+    behavior = pandas.read_csv(measuring.folder_of(asked) / "behavior.csv")
     assert behavior.step.tolist() == schedule(training)
     assert (behavior.bigram_score >= behavior.bigram_floor).all()
-    heads = pandas.read_csv(measure_language.folder_of(asked) / "heads.csv")
+    heads = pandas.read_csv(measuring.folder_of(asked) / "heads.csv")
     assert len(heads) == len(behavior) * training.num_layers * training.num_heads
     find_stages.run(dataclasses.replace(find_stages.PRESETS["smoke"], **common))
     make_report.run(dataclasses.replace(make_report.PRESETS["smoke"], **common))
