@@ -32,6 +32,7 @@ class Config:
     workdir: str = option("runs/quickstart", "Folder of the training run.")
     preset: str = option("quickstart", "Name of the preset.")
     name: str = option("llc", "Folder of the estimates within the workdir.")
+    published_init: bool = option(False, "Also λ̂ with the init loss of the published LM curve.")
 
 
 PRESETS = {
@@ -275,10 +276,13 @@ def run(config: Config, phase: str = "figures") -> None:
     """Writes `figures/*.png`."""
     from llc_jax.figures import png
     from llc_jax.files import write_atomic
+    from llc_jax.language_figures import published_init_figure
 
     folder = pathlib.Path(config.workdir) / "figures"
     found = load(config)
     drawn = page(found) | more(found)
+    if config.published_init:
+        drawn["published_init"] = published_init_figure(found.sweep, stages=found.stages)
     for name, figure in drawn.items():
         write_atomic(folder / f"{name}.png", png(figure))
     for name, html in texts(config, found).items():

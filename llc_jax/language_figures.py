@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from llc_jax import figures
 from llc_jax.behavior_figures import finish
+from llc_jax.results import llc_with_published_init
 
 HEADS = {
     "previous_token": "attention to the\nprevious token",
@@ -170,6 +171,30 @@ def embedding_figure(found, *, stages: Sequence = ()) -> Figure:
         shares = [f"component {i + 1} ({x:.0%})" for i, x in enumerate(one.position_explained[:2])]
         figures.dress(ax, shares[1]).set_xlabel(shares[0])
     bottom.colorbar(points, ax=planes, label="position", aspect=30)
+    return figure
+
+
+def published_init_figure(sweep, *, stages: Sequence = ()) -> Figure:
+    """Draws λ̂ beside what the published estimator makes of the same chains.
+
+    Args:
+      sweep: estimates, of `results.load_sweep`.
+      stages: of `llc_jax.find_stages`; may be empty.
+    """
+    steps = sweep.checkpoint.values
+    published = llc_with_published_init(sweep)
+    figure = figures.InlineFigure(figsize=(9.6, 4.6), layout="constrained")
+    ax = figure.subplots()
+    ax.errorbar(
+        steps, published.mean("chain"), published.std("chain", ddof=1), color=figures.ORANGE,
+        marker="s", ms=4, lw=1.3, elinewidth=1, label="published init loss ± spread over chains",
+    )  # fmt: skip
+    ax.errorbar(
+        steps, sweep.llc, sweep.stderr, color=figures.BLUE, marker="o", ms=4, lw=1.3,
+        label="init loss of each chain ± 1 s.e.",
+    )  # fmt: skip
+    figures.dress(ax, figures.LLC)
+    finish(figure, [ax], steps, stages)
     return figure
 
 

@@ -106,3 +106,18 @@ def test_llc_of_a_window_of_draws(tmp_path):
     np.testing.assert_allclose(results.llc_between(sweep, 0, 1), 0.0, atol=1e-5)
     with pytest.raises(ValueError, match="draws 3 to 18"):
         results.llc_between(sweep, 3, 18)
+
+
+def test_published_init_adds_a_ramp_over_chains(tmp_path):
+    """Mean and spread of what is added, for C chains: nβ ℓ (C - 1) / 2C and nβ ℓ times that of
+    1/C, 2/C, ... 1, the formulas of the published curve's excess."""
+    for step, estimate in estimates(5):
+        results.save_estimate(tmp_path, step, estimate, {})
+    sweep = results.load_sweep(tmp_path)
+    added = results.llc_with_published_init(sweep) - sweep.per_chain
+    count, scale = sweep.sizes["chain"], sweep.attrs["nbeta"] * sweep.init_loss
+    np.testing.assert_allclose(added.mean("chain"), scale * (count - 1) / (2 * count), rtol=1e-12)
+    spread = np.sqrt((count + 1) / (12 * count))  # with one degree of freedom taken
+    np.testing.assert_allclose(added.std("chain", ddof=1), scale * spread, rtol=1e-12)
+    # The chain that ran last saw all others: it alone has the right loss.
+    np.testing.assert_array_equal(added.isel(chain=-1), 0.0)
