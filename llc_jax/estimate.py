@@ -10,6 +10,7 @@ import numpy as np
 
 from llc_jax import diagnostics
 from llc_jax.sampling import Plan, Trace
+from llc_jax.stability import largest_eigenvalue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +198,9 @@ def summarize(
     acceptance = np.full(len(finite), np.nan)
     if log_ratio.size:
         acceptance[finite] = np.exp(np.minimum(log_ratio[finite], 0.0)).mean(axis=1)
+    stability = np.full(len(finite), np.nan)
+    if trace.stability is not None:
+        stability[finite] = largest_eigenvalue(trace.stability)[finite]
     parts = parts_stderr = None
     if trace.part_gaps is not None:
         each = nbeta * trace.part_gaps[finite, after].astype(np.float64)
@@ -214,7 +218,7 @@ def summarize(
         rhat=diagnosis.rhat,
         ess=diagnosis.ess,
         acceptance=acceptance,
-        stability=np.where(finite, trace.stability, np.nan),
+        stability=stability,
         below_anchor=float((gaps[finite] < 0).mean()) if finite.any() else math.nan,
         drift=diagnosis.drift,
         distance_growth=diagnosis.distance_growth,

@@ -77,16 +77,12 @@ def positions_figure(found, *, stages: Sequence = ()) -> Figure:
     return figure
 
 
-def heads_figure(
-    found, *, stages: Sequence = (), chance: Mapping[str, float] | None = None
-) -> Figure:
+def heads_figure(found, *, stages: Sequence = ()) -> Figure:
     """Draws the scores of every head, a family of colours for each layer; the best are named.
 
     Args:
       found: see above.
       stages: of `llc_jax.find_stages`; may be empty.
-      chance: keys of `HEADS` -> score of uniform attention, which is the mean of 1 / (query + 1)
-        over a probe of `metrics.probes`; drawn for those given.
     """
     layers, heads = found.sizes["layer"], found.sizes["head"]
     names = [f"{layer + 1}:{head + 1}" for layer in range(layers) for head in range(heads)]
@@ -101,8 +97,9 @@ def heads_figure(
         values_NxK = found[score].values.reshape(-1, len(names))
         best = _highest_last(values_NxK, NAMED_HEADS)
         ends.append(_lines(ax, found.checkpoint, values_NxK, names, colors, labels, best))
-        if score in (chance or {}):
-            ax.axhline(chance[score], color=figures.INK, ls=":", label="uniform attention")
+        if (name := f"{score}_uniform") in found:
+            uniform = found[name].values[0]
+            ax.axhline(uniform, color=figures.INK, ls=":", label="uniform attention")
         figures.dress(ax, ylabel)
     _finish_named(figure, axes, found.checkpoint.values, stages, ends)
     return figure

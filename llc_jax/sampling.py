@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss, mean_parts
-from llc_jax.stability import stability_number
+from llc_jax.stability import Tridiagonal, stability_matrix
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
 
@@ -58,7 +58,7 @@ class Trace(NamedTuple):
       anchor_losses: [draw] loss of w* on the same minibatch.
       distance: [draw] Euclidean distance |w - w*|.
       log_acceptance: [draw] log Metropolis ratio of the step from the draw; nan where not probed.
-      stability: stability number at the end of the chain, a scalar; nan if not probed.
+      stability: of the end of the chain, `stability.stability_matrix`; None if not probed.
       part_gaps: [draw, part] parts of the loss at the draw minus those at w*, both means over the
         same minibatch; None without `parts_fn`.
       collected: what `collect` returned, stacked over draws; None without it.
@@ -68,7 +68,7 @@ class Trace(NamedTuple):
     anchor_losses: jax.Array
     distance: jax.Array
     log_acceptance: jax.Array
-    stability: jax.Array
+    stability: Tridiagonal | None
     part_gaps: jax.Array | None
     collected: Any
 
@@ -150,8 +150,8 @@ def sample_chain(
             anchor_loss, parts_fn,
         )  # fmt: skip
 
-    def step(state, t, probing):
-        batch_key, noise_key = jax.random.split(jax.random.fold_in(rng_key, t))
+    def step(state, keys, probing):
+        batch_key, noise_key = keys
         batch, anchor_loss, anchor_parts = minibatch(batch_key)
         posterior = posterior_on(batch, anchor_loss)
         new_state, here = sampler.step(noise_key, state, posterior, mask)
@@ -170,31 +170,33 @@ def sample_chain(
         return new_state, (here.loss, anchor_loss, distance, ratio, parts, extra)
 
     def draw(state, inputs):
-        t, probing = inputs
+        keys, probing = inputs
         if plan.thinning == 1:
-            return step(state, t, probing)
-        blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, t, probing)[1])
+            return step(state, keys[0], probing)
+        blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, keys[0], probing)[1])
         return jax.lax.fori_loop(
             0,
             plan.thinning,
-            lambda i, carry: step(
-                carry[0], t * plan.thinning + i, probing & (i == plan.thinning - 1)
-            ),
+            lambda i, carry: step(carry[0], keys[i], probing & (i == plan.thinning - 1)),
             (state, blank),
         )
 
+    # Keys of all steps at once: in the loop each would be a program of its own. The last pair is
+    # that of the step after the last, which no step uses.
+    count = plan.total_draws * plan.thinning
+    keys = jax.vmap(lambda t: jax.random.split(jax.random.fold_in(rng_key, t)))(
+        jnp.arange(count + 1)
+    )
     draws = jnp.arange(plan.total_draws)
     probing = jnp.isin(draws, jnp.asarray(probes, draws.dtype))
     state, (losses, references, distance, ratio, parts, extra) = jax.lax.scan(
-        draw, sampler.init(anchor), (draws, probing)
+        draw, sampler.init(anchor), (keys[:-1].reshape(-1, plan.thinning, 2), probing)
     )
-    stability = jnp.float32(jnp.nan)
+    stability = None
     if plan.num_probes and hasattr(sampler, "step_size"):
-        # The step after the last: keys that no step has used.
-        last = jax.random.fold_in(rng_key, plan.total_draws * plan.thinning)
-        batch_key, start_key = jax.random.split(last)
+        batch_key, start_key = keys[-1]
         posterior = posterior_on(*minibatch(batch_key)[:2])
-        stability = stability_number(start_key, sampler, state, posterior, mask)
+        stability = stability_matrix(start_key, sampler, state, posterior, mask)
     return Trace(losses, references, distance, ratio, stability, parts, extra)
 
 

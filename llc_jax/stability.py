@@ -5,8 +5,11 @@ and their step bias is about a quarter of it in the stiffest direction. It is me
 chain is, not at the anchor: flat directions wander off, and there the curvature is another one.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
@@ -15,20 +18,32 @@ from llc_jax.types import Evaluation, Params, Sampler
 NUM_ITERATIONS = 12  # Hessian-vector products: outliers of a spectrum stand within a few percent
 
 
-def largest_eigenvalue(rng_key: jax.Array, matvec, params: Params, num_iterations: int):
-    """Largest eigenvalue of a symmetric operator, from below; consumes `rng_key`.
+class Tridiagonal(NamedTuple):
+    """A small symmetric matrix that has nearly the largest eigenvalue of a large operator.
 
-    Lanczos without a stored basis: rounding makes copies of converged eigenvalues, which does no
-    harm to the largest, and the memory is that of three vectors.
+    Its eigenvalues are for the host: finding them within a program takes as long to compile as
+    much of a sampler, and a library call per device on the host's own threads can deadlock.
+
+    Attributes:
+      diagonal: [..., k], float32.
+      off_diagonal: [..., k - 1], float32.
+    """
+
+    diagonal: jax.Array
+    off_diagonal: jax.Array
+
+
+def tridiagonal(rng_key: jax.Array, matvec, params: Params, num_iterations: int) -> Tridiagonal:
+    """Lanczos without a stored basis; consumes `rng_key`.
+
+    Rounding makes copies of converged eigenvalues, which does no harm to the largest, and the
+    memory is that of three vectors.
 
     Args:
       rng_key: for the start.
       matvec: pytree like params -> like params, at least float32.
       params: gives shapes.
       num_iterations: products with the operator, static; one more for the start.
-
-    Returns:
-      float32 scalar; 0 if the operator has no positive eigenvalue; nan if it is not finite.
 
     Source: Paige 1972; Golub & Van Loan, Matrix Computations, section 10.1.
     """
@@ -55,19 +70,28 @@ def largest_eigenvalue(rng_key: jax.Array, matvec, params: Params, num_iteration
 
     zero = jax.tree.map(jnp.zeros_like, start)
     _, (alphas, betas) = jax.lax.scan(iterate, (zero, start, jnp.float32(0)), length=num_iterations)
-    finite = jnp.isfinite(alphas).all() & jnp.isfinite(betas).all()
-    # Bisection, not LAPACK: a library call per device on the host's own threads can deadlock.
-    (top,) = jax.scipy.linalg.eigh_tridiagonal(
-        jnp.where(finite, alphas, 0), jnp.where(finite, betas[:-1], 0), eigvals_only=True,
-        select="i", select_range=(num_iterations - 1, num_iterations - 1),
-    )  # fmt: skip
-    return jnp.where(finite, jnp.maximum(top, 0.0), jnp.nan)
+    return Tridiagonal(alphas, betas[:-1])
 
 
-def stability_number(
+def largest_eigenvalue(matrix: Tridiagonal) -> np.ndarray:
+    """Largest eigenvalue of each of a stack of matrices, on the host, float64 [...].
+
+    0 if none is positive; nan if a matrix is not finite. From below that of the operator.
+    """
+    diagonal, off = (np.asarray(x, np.float64) for x in matrix)
+    k = diagonal.shape[-1]
+    dense = np.zeros((*diagonal.shape, k))
+    dense[..., np.arange(k), np.arange(k)] = diagonal
+    dense[..., np.arange(1, k), np.arange(k - 1)] = off  # eigvalsh reads the lower triangle
+    finite = np.isfinite(dense).all(axis=(-2, -1))
+    top = np.linalg.eigvalsh(np.where(finite[..., None, None], dense, 0.0))[..., -1]
+    return np.where(finite, np.maximum(top, 0.0), np.nan)
+
+
+def stability_matrix(
     rng_key: jax.Array, sampler: Sampler, state, evaluate, mask: Params | None = None
-) -> jax.Array:
-    """Measures the stability number of a chain at its state; consumes `rng_key`.
+) -> Tridiagonal:
+    """Returns a matrix whose largest eigenvalue is the stability number; consumes `rng_key`.
 
     Args:
       rng_key: for the start of the iteration.
@@ -77,7 +101,7 @@ def stability_number(
       mask: None, or 0/1 like params.
 
     Returns:
-      float32 scalar, a lower bound that is tight where the top of the spectrum stands apart.
+      A `Tridiagonal`; a lower bound that is tight where the top of the spectrum stands apart.
     """
     params = state.params
     scale = jax.tree.map(lambda w: jnp.ones((), at_least_float32(w).dtype), params)
@@ -94,5 +118,5 @@ def stability_number(
         _, image = jax.jvp(drift, (params,), (tangent,))
         return jax.tree.map(jnp.multiply, scale, image)
 
-    top = largest_eigenvalue(rng_key, matvec, params, NUM_ITERATIONS)
-    return jnp.asarray(sampler.step_size, jnp.float32) * top
+    found = tridiagonal(rng_key, matvec, params, NUM_ITERATIONS)
+    return jax.tree.map(lambda x: jnp.asarray(sampler.step_size, jnp.float32) * x, found)

@@ -116,9 +116,9 @@ def test_elapsed_waits_for_the_result_and_subtracts():
 
 
 def test_shapes_are_those_of_the_arguments():
-    model = programs.transformer(**TINY)
+    problem = programs.regression(**TINY)
     mesh = parallel.make_mesh(2, 2)
-    real, abstract = (make(model, mesh, 8, 2) for make in (programs.arguments, programs.shapes))
+    real, abstract = (make(problem, mesh, 8, 2) for make in (programs.arguments, programs.shapes))
     assert jax.tree.structure(real) == jax.tree.structure(abstract)
     for x, y in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
         assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)

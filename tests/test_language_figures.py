@@ -152,7 +152,8 @@ def names_of(ax):
 
 def test_every_head_is_drawn_in_the_colours_of_its_layer_and_the_best_are_named(found):
     chance = {"prefix_matching": 0.011, "induction": 0.013}
-    figure = draw.heads_figure(found, stages=STAGES, chance=chance)
+    uniform = {f"{k}_uniform": ("checkpoint", np.full(len(STEPS), v)) for k, v in chance.items()}
+    figure = draw.heads_figure(found.assign(uniform), stages=STAGES)
     assert_on_steps_with_stages(figure.axes)
     for ax, score in zip(figure.axes, draw.HEADS, strict=True):
         lines = ax.lines[:8]

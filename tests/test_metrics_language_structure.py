@@ -75,6 +75,7 @@ def test_planted_heads_have_score_one_and_uniform_heads_one_over_the_length():
         assert score[heads[name]] == pytest.approx(1.0, abs=1e-5), name
         assert error[heads[name]] == pytest.approx(0.0, abs=1e-5), name
         alike = (1 / (probe.query + 1)).mean(axis=1)
+        assert found[f"{name}_uniform"] == pytest.approx(alike.mean(), rel=1e-5)
         for head in ((0, 0), (1, 1)):
             assert score[head] == pytest.approx(alike.mean(), rel=1e-4), name
             assert error[head] == pytest.approx(alike.std() / math.sqrt(30), rel=1e-3, abs=1e-7)

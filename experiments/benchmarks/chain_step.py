@@ -1,6 +1,7 @@
 """What a step of a chain costs beside the gradient it cannot do without.
 
     python -m experiments.benchmarks.chain_step
+    python -m experiments.benchmarks.chain_step --model=language --d_model=128 --batch_sizes=8
 
 One run, interleaved: an SGLD step of our compiled program (minibatch, paired anchor loss,
 gradient, noise, distance, trace) against a bare `value_and_grad` gradient descent of the same
@@ -20,7 +21,7 @@ import numpy as np
 from experiments.benchmarks import programs, timing
 from experiments.cli import option
 from llc_jax import parallel
-from llc_jax.losses import RegressionLoss
+from llc_jax.models.attention_only import AttentionOnlyTransformer
 
 LIMIT = 1.15
 
@@ -29,13 +30,26 @@ LIMIT = 1.15
 class Config:
     """Settings of the comparison."""
 
+    model: str = option("regression", "regression, or language: 5,000 tokens, context 128.")
     batch_sizes: str = option("64,256", "Minibatch sizes.")
     num_chains: int = option(4, "Chains in all.")
     num_steps: int = option(30, "T; scans of T and 2T steps are timed.")
     repeats: int = option(9, "Rounds.")
     num_devices: int = option(0, "Host devices; 0 for one per core.")
-    d_model: int = option(64, "Width of the model; 64 is the published one.")
+    d_model: int = option(
+        64, "Width of the model; the published one is 64, of the language model 256."
+    )
     num_layers: int = option(2, "Blocks of the model; 2 is the published number.")
+
+
+def problem_of(config: Config) -> programs.Problem:
+    """The model that is sampled."""
+    if config.model == "regression":
+        return programs.regression(config.d_model, config.num_layers)
+    if config.model != "language":
+        raise ValueError(f"model={config.model!r}: give regression or language.")
+    model = AttentionOnlyTransformer(config.num_layers, d_model=config.d_model, context=128)
+    return programs.language(model)
 
 
 def measure(config: Config, batch_size: int) -> tuple[dict, dict[str, np.ndarray]]:
@@ -45,7 +59,7 @@ def measure(config: Config, batch_size: int) -> tuple[dict, dict[str, np.ndarray
       (name -> seconds to compile,
       name -> [repeats, 2] milliseconds per chain-step, by the clock and of the processor).
     """
-    model = programs.transformer(config.d_model, config.num_layers)
+    problem = problem_of(config)
     mesh = parallel.make_mesh(1, config.num_chains)
     share, padding = divmod(config.num_chains, mesh.shape[parallel.CHAIN])
     if padding:
@@ -53,7 +67,7 @@ def measure(config: Config, batch_size: int) -> tuple[dict, dict[str, np.ndarray
             f"num_chains={config.num_chains} on {mesh.shape[parallel.CHAIN]} devices would run"
             " more chains than it counts: give a multiple, or --num_devices."
         )
-    args = programs.arguments(model, mesh, max(1024, config.num_chains * batch_size))
+    args = programs.arguments(problem, mesh, max(1024, config.num_chains * batch_size))
     params = jax.tree.map(lambda x: x[0], args[2])
     data = jax.tree.map(lambda x: x[: config.num_chains * batch_size], args[3])
     bare_args = parallel.place((params, data, jnp.float32(1e-3)), mesh)
@@ -61,11 +75,11 @@ def measure(config: Config, batch_size: int) -> tuple[dict, dict[str, np.ndarray
     seconds, runs = {}, {}
     for length in (config.num_steps, 2 * config.num_steps):
         bare = programs.gradient_descent.lower(
-            *bare_args, loss_fn=RegressionLoss(model), num_steps=length, batch_size=batch_size,
+            *bare_args, loss_fn=problem.loss_fn, num_steps=length, batch_size=batch_size,
             mesh=mesh,
         )  # fmt: skip
         plan = programs.make_plan(length, batch_size, chain_batch=share)
-        sgld = programs.lower_sample(args, model, plan, config.num_chains, mesh)
+        sgld = programs.lower_sample(args, problem.loss_fn, plan, config.num_chains, mesh)
         bare, seconds["bare"] = timing.compiled(bare)
         sgld, seconds["sgld"] = timing.compiled(sgld)
         runs["bare", length] = functools.partial(bare, *bare_args)

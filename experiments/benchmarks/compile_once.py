@@ -17,9 +17,6 @@ import jax
 from experiments.benchmarks import programs, timing
 from experiments.cli import option
 from llc_jax import SGLD, estimate_llc_over_checkpoints
-from llc_jax.data.regression import RegressionTask, sample_batch
-from llc_jax.losses import RegressionLoss
-from llc_jax.models.regression import init_params
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -55,11 +52,10 @@ def compilations() -> Iterator[list[tuple[str, float]]]:
 
 def run(config: Config) -> tuple[int, int]:
     """Prints the counts; returns (sampling programs compiled, anything compiled in the last)."""
-    model = programs.transformer(config.d_model, config.num_layers)
-    loss_fn, task = RegressionLoss(model), RegressionTask(dim=model.dim)
-    data = jax.device_get(sample_batch(jax.random.key(0), task, 512))
+    init, draw, loss_fn = programs.regression(config.d_model, config.num_layers)
+    data = jax.device_get(draw(jax.random.key(0), 512))
     keys = {step: jax.random.key(step) for step in range(config.num_checkpoints)}
-    checkpoints = {s: jax.device_get(init_params(key, model)) for s, key in keys.items()}
+    checkpoints = {s: jax.device_get(init(key)) for s, key in keys.items()}
 
     def sweep(seed: int, step_size: float, nbeta: float, localization: float) -> float:
         start = time.perf_counter()

@@ -40,14 +40,16 @@ class Config:
 def serve(config: Config) -> None:
     """Compiles, says so, and then answers every line of stdin with ms per chain-step."""
     jax.config.update("jax_num_cpu_devices", config.worker)
-    model = programs.transformer(config.d_model, config.num_layers)
+    problem = programs.regression(config.d_model, config.num_layers)
     mesh = parallel.make_mesh(1, config.num_chains)
     share = -(-config.num_chains // mesh.shape[parallel.CHAIN])
-    args = programs.arguments(model, mesh, num_data=1024)
+    args = programs.arguments(problem, mesh, num_data=1024)
 
     def compiled(length):
         plan = programs.make_plan(length, config.batch_size, chain_batch=share)
-        return timing.compiled(programs.lower_sample(args, model, plan, config.num_chains, mesh))
+        return timing.compiled(
+            programs.lower_sample(args, problem.loss_fn, plan, config.num_chains, mesh)
+        )
 
     (short, _), (long, seconds) = compiled(config.num_steps), compiled(2 * config.num_steps)
     print(seconds, flush=True)

@@ -83,13 +83,15 @@ def peak(config: Config, num_checkpoints: int) -> int:
 
 def temporaries(config: Config, settings: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
     """(grad_accum, chain_batch) -> bytes of temporaries of the sampling program on one device."""
-    model = programs.transformer(config.d_model, config.num_layers)
+    problem = programs.regression(config.d_model, config.num_layers)
     mesh = parallel.make_mesh(1, config.num_chains, jax.devices()[:1])
-    args = programs.shapes(model, mesh, num_data=4 * config.batch_size)
+    args = programs.shapes(problem, mesh, num_data=4 * config.batch_size)
     result = {}
     for accum, chains in settings:
         plan = programs.make_plan(10, config.batch_size, grad_accum=accum, chain_batch=chains)
-        program = programs.lower_sample(args, model, plan, config.num_chains, mesh).compile()
+        program = programs.lower_sample(
+            args, problem.loss_fn, plan, config.num_chains, mesh
+        ).compile()
         result[accum, chains] = program.memory_analysis().temp_size_in_bytes
     return result
 

@@ -1,7 +1,8 @@
 """The two programs that are timed: our sampling program and a bare gradient descent."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,52 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llc_jax import SGLD
-from llc_jax.data.regression import RegressionTask, sample_batch
+from llc_jax.data import regression as regression_data
+from llc_jax.language_losses import LanguageLoss
 from llc_jax.losses import RegressionLoss
-from llc_jax.models.regression import RegressionTransformer, init_params
+from llc_jax.models import attention_only
+from llc_jax.models import regression as regression_models
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import mean_loss
 from llc_jax.sampling import Plan, sample
 
 
-def transformer(d_model: int, num_layers: int) -> RegressionTransformer:
+class Problem(NamedTuple):
+    """What is sampled.
+
+    Attributes:
+      init: `init(rng_key) -> params`, traceable.
+      draw: `draw(rng_key, n) -> batch` of n examples, traceable.
+      loss_fn: losses per example.
+    """
+
+    init: Callable[[jax.Array], Any]
+    draw: Callable[[jax.Array, int], Any]
+    loss_fn: Any
+
+
+def regression(d_model: int, num_layers: int) -> Problem:
     """The regression transformer, its MLPs as wide as its residual stream, as published."""
-    return RegressionTransformer(num_layers=num_layers, d_model=d_model, d_mlp=d_model)
+    model = regression_models.RegressionTransformer(
+        num_layers=num_layers, d_model=d_model, d_mlp=d_model
+    )
+    task = regression_data.RegressionTask(dim=model.dim, num_examples=model.num_examples)
+    return Problem(
+        init=lambda rng_key: regression_models.init_params(rng_key, model),
+        draw=lambda rng_key, n: regression_data.sample_batch(rng_key, task, n),
+        loss_fn=RegressionLoss(model),
+    )
+
+
+def language(model: attention_only.AttentionOnlyTransformer, chunk: int = 0) -> Problem:
+    """The language model on random tokens, which cost what any others do."""
+    return Problem(
+        init=lambda rng_key: attention_only.init_params(rng_key, model),
+        draw=lambda rng_key, n: {
+            "tokens": jax.random.randint(rng_key, (n, model.context), 0, model.vocab_size)
+        },
+        loss_fn=LanguageLoss(model, chunk),
+    )
 
 
 def make_plan(num_draws: int, batch_size: int, **changes: int) -> Plan:
@@ -28,17 +64,16 @@ def make_plan(num_draws: int, batch_size: int, **changes: int) -> Plan:
     return Plan(num_draws=num_draws, batch_size=batch_size, **settings | changes)
 
 
-def build(model: RegressionTransformer, num_data: int, num_checkpoints: int) -> tuple:
+def build(problem: Problem, num_data: int, num_checkpoints: int) -> tuple:
     """The traced arguments of `sample`; the checkpoints are copies of an initialisation."""
     params_key, data_key, chain_key = jax.random.split(jax.random.key(0), 3)
-    params = init_params(params_key, model)
-    task = RegressionTask(dim=model.dim, num_examples=model.num_examples)
+    params = problem.init(params_key)
     number = functools.partial(jnp.full, num_checkpoints, dtype=jnp.float32)
     return (
         chain_key,
         jnp.arange(num_checkpoints, dtype=jnp.uint32),
         jax.tree.map(lambda x: jnp.stack([x] * num_checkpoints), params),
-        sample_batch(data_key, task, num_data),
+        problem.draw(data_key, num_data),
         SGLD(number(1e-5)),
         number(30.0),
         number(300.0),
@@ -46,15 +81,15 @@ def build(model: RegressionTransformer, num_data: int, num_checkpoints: int) -> 
     )
 
 
-def arguments(model: RegressionTransformer, mesh: Mesh, num_data: int, num_checkpoints: int = 1):
+def arguments(problem: Problem, mesh: Mesh, num_data: int, num_checkpoints: int = 1):
     """`build` on the devices of `mesh`, which must be there."""
-    values = jax.jit(functools.partial(build, model, num_data, num_checkpoints))()
+    values = jax.jit(functools.partial(build, problem, num_data, num_checkpoints))()
     return jax.tree.map(jax.device_put, values, shardings(values, mesh))
 
 
-def shapes(model: RegressionTransformer, mesh: Mesh, num_data: int, num_checkpoints: int = 1):
+def shapes(problem: Problem, mesh: Mesh, num_data: int, num_checkpoints: int = 1):
     """Shapes and shardings of `build`: enough to compile for devices that are not there."""
-    values = jax.eval_shape(functools.partial(build, model, num_data, num_checkpoints))
+    values = jax.eval_shape(functools.partial(build, problem, num_data, num_checkpoints))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         values,
@@ -72,10 +107,10 @@ def shardings(values: tuple, mesh: Mesh) -> tuple:
     )
 
 
-def lower_sample(args: tuple, model: RegressionTransformer, plan: Plan, chains: int, mesh: Mesh):
+def lower_sample(args: tuple, loss_fn, plan: Plan, chains: int, mesh: Mesh):
     """Lowers `llc_jax.sampling.sample` for arguments or shapes; `compile` is up to the caller."""
     return sample.lower(
-        *args, loss_fn=RegressionLoss(model), stream=None, plan=plan, num_chains=chains, mesh=mesh
+        *args, loss_fn=loss_fn, stream=None, plan=plan, num_chains=chains, mesh=mesh
     )
 
 

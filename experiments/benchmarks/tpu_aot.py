@@ -24,7 +24,6 @@ from experiments.benchmarks import programs, timing
 from experiments.cli import option
 from experiments.training import schedule
 from llc_jax import parallel
-from llc_jax.losses import RegressionLoss
 from llc_jax.sampling import anchor_losses
 
 COLLECTIVES = re.compile(
@@ -109,15 +108,15 @@ def counts_loop_bodies_once(mesh: Mesh) -> bool:
 
 def compile_sweep(config: Config, name: str) -> dict[str, Any]:
     """Compiles a chunk of the sweep for a topology and describes it, per device."""
-    training = dataclasses.replace(train_regression.PRESETS["paper"], d_model=config.d_model)
-    model, _ = train_regression.setting(training)
+    training = train_regression.PRESETS["paper"]
+    problem = programs.regression(config.d_model, training.num_layers)
     total = len(schedule(training))
     devices = topology(name)
     size = fill(total, PAPER.num_chains, devices)
     mesh = parallel.make_mesh(size, PAPER.num_chains, devices)
     checkpoints, chains = lanes(mesh, size, PAPER.num_chains)
     args = programs.shapes(
-        model, mesh, config.num_data, checkpoints * mesh.shape[parallel.CHECKPOINT]
+        problem, mesh, config.num_data, checkpoints * mesh.shape[parallel.CHECKPOINT]
     )
 
     def lower(num_probes: int):
@@ -126,12 +125,12 @@ def compile_sweep(config: Config, name: str) -> dict[str, Any]:
             chain_batch=chains, num_probes=num_probes,
         )  # fmt: skip
         columns = mesh.shape[parallel.CHAIN]
-        return programs.lower_sample(args, model, plan, chains * columns, mesh)
+        return programs.lower_sample(args, problem.loss_fn, plan, chains * columns, mesh)
 
     program, seconds = timing.compiled(lower(num_probes=8))
     # A branch of the body: without it a body is a step, and its few probes are left out below.
     unprobed = cost(lower(num_probes=0).compile())
-    anchor = cost(lower_anchor(args, RegressionLoss(model), config.batch_size, mesh).compile())
+    anchor = cost(lower_anchor(args, problem.loss_fn, config.batch_size, mesh).compile())
     once = counts_loop_bodies_once(mesh)
     steps, passes = config.num_burnin + config.num_draws, -(-config.num_data // config.batch_size)
 

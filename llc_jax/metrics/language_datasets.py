@@ -10,7 +10,7 @@ _DIMS = {
     **dict.fromkeys(("loss", "ablated_loss"), ("prediction",)),
     **dict.fromkeys(
         ("mean_loss", "ablated_mean_loss", "icl", "bigram_score", "bigram_floor", "bigram_kl",
-         "weight_norm"),
+         "weight_norm", "previous_token_uniform", "prefix_matching_uniform", "induction_uniform"),
         (),
     ),
     **dict.fromkeys(("ngram_loss", "ngram_score", "ngram_score_published"), ("n",)),

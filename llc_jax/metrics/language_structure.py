@@ -48,7 +48,8 @@ class Structure:
         Returns:
           float32:
           previous_token, prefix_matching, induction [layer, H], from 0 to 1, and `<name>_stderr`:
-            mean attention of each head, see the functions of `metrics.probes`.
+            mean attention of each head, see the functions of `metrics.probes`; `<name>_uniform`:
+            of a head that attends to all it can see alike.
           k_composition, q_composition, v_composition [H, G] of heads of the first two layers, see
             `composition`; absent if there is one layer.
           weight_norm: Euclidean norm of all weights; weight_norms [weight]: of each, in the order
@@ -61,6 +62,7 @@ class Structure:
             rows = max(1, self.tokens_at_once // probe.tokens.shape[1])
             scores = mean_over_sequences(self._attended(params), probe._asdict(), rows)
             found[name], found[f"{name}_stderr"] = scores["score"], scores["score_stderr"]
+            found[f"{name}_uniform"] = jnp.mean(1.0 / (probe.query.astype(jnp.float32) + 1.0))
         if self.model.num_layers > 1:
             found |= composition(params)
         norms = [jnp.linalg.norm(jnp.ravel(weight)) for weight in jax.tree.leaves(params)]
