@@ -173,8 +173,10 @@ def page(found: Material) -> dict[str, Any]:
     if found.behavior is not None:
         drawn |= behavior(found)
     if found.trajectory is not None:
-        steps, pca, names = found.trajectory
-        drawn["trajectory"] = trajectory_figure(steps, pca, stages=found.stages, references=names)
+        steps, pca, names, others = found.trajectory
+        drawn["trajectory"] = trajectory_figure(
+            steps, pca, stages=found.stages, references=names, others=others
+        )
     return drawn
 
 

@@ -11,6 +11,7 @@ Expected: few components carry nearly everything, and the path turns where stage
 import csv
 import dataclasses
 import pathlib
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -145,23 +146,37 @@ def table(rows, names, scores: np.ndarray) -> str:
     ])  # fmt: skip
 
 
-def load(folder: pathlib.Path):
-    """Reads one run's results back.
+class Paths(NamedTuple):
+    """Results of a workdir.
 
-    Returns:
-      (steps [N], `metrics.trajectory.PCA` of the first run and the references, with the shares of
-      all runs together, names of the references).
+    Attributes:
+      steps: of the checkpoints of the first run, [N].
+      pca: `metrics.trajectory.PCA` of these and the references, shares those of all runs together.
+      references: names of the known predictors.
+      others: scores of the checkpoints of each further run, [N', k].
     """
+
+    steps: np.ndarray
+    pca: Any
+    references: list[str]
+    others: list[np.ndarray]
+
+
+def load(folder: pathlib.Path) -> Paths:
+    """Reads the results back."""
     from llc_jax.files import read_json
     from llc_jax.metrics.trajectory import PCA
 
     content = read_json(folder / "trajectory.json")
     with open(folder / "trajectory.csv", encoding="utf-8") as file:
         scores = np.array([row[2:] for row in csv.reader(file)][1:], float)
-    steps, total = np.array(content["steps"][0]), sum(map(len, content["steps"]))
-    mine = np.concatenate([scores[: steps.size], scores[total:]])
-    pca = PCA(scores=mine, explained=np.array(content["explained"]), num_fitted=steps.size)
-    return steps, pca, content["references"]
+    steps = [np.array(of) for of in content["steps"]]
+    mine, *others, ideal = np.split(scores, np.cumsum([of.size for of in steps]))
+    pca = PCA(
+        scores=np.concatenate([mine, ideal]), explained=np.array(content["explained"]),
+        num_fitted=steps[0].size,
+    )  # fmt: skip
+    return Paths(steps[0], pca, content["references"], others)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from llc_jax.metrics.trajectory import (
 )
 
 FEW = 25  # checkpoints, below which a smooth path through them has no geometry worth drawing
+OTHERS = (figures.VERMILLION, figures.SKY, figures.GREEN)
 DENSE = 1000  # checkpoints, above which they are taken for even steps: `smooth_path` needs n^3
 
 
@@ -32,6 +33,7 @@ def trajectory_figure(
     stages: Sequence = (),
     labels: Mapping[int, str] | None = None,
     references: Sequence[str] | None = None,
+    others: Sequence[ArrayLike] = (),
 ) -> Figure:
     """Draws pairs of components as plane curves with their geometry, above each over training.
 
@@ -45,6 +47,7 @@ def trajectory_figure(
       stages: of `llc_jax.find_stages`; may be empty.
       labels: step -> text beside the path; by default the boundaries of the stages, such as 1|2.
       references: names of the m rows that were only projected, or None to leave them out.
+      others: scores of the checkpoints of further runs in the same components, [n', k] each.
     """
     steps, n = np.asarray(steps), pca.num_fitted
     scores, ideal = pca.scores[:n, :3], pca.scores[n:, :3]
@@ -68,7 +71,13 @@ def trajectory_figure(
     planes = top.subplots(1, len(pairs), squeeze=False)[0]
     shade = colors.FuncNorm((np.log1p, np.expm1), steps[0], steps[-1])
     for ax, pair in zip(planes, pairs, strict=True):
-        _frame(ax, np.concatenate([scores, ideal[: len(marks)]])[:, pair])
+        shown = [scores, ideal[: len(marks)], *(np.asarray(other)[:, :3] for other in others)]
+        _frame(ax, np.concatenate(shown)[:, pair])
+        for i, other in enumerate(others):
+            ax.plot(
+                *np.asarray(other)[:, pair].T, "--", marker=".", ms=2, lw=0.7, zorder=1,
+                color=OTHERS[i % len(OTHERS)], label=f"run {i + 2}",
+            )  # fmt: skip
         ax.plot(*scores[:, pair].T, ".", ms=3, color="0.55", zorder=1, label="checkpoint")
         line = path_in_plane(ax, times, path[:, pair], shade)
         if n >= FEW:

@@ -14,6 +14,7 @@ from experiments.benchmarks import (
     compile_once,
     curvature,
     devices,
+    language,
     memory,
     programs,
     timing,
@@ -88,6 +89,18 @@ def test_chain_step_refuses_chains_it_would_not_count():
         pytest.skip("one device divides everything")
     with pytest.raises(ValueError, match="num_chains=5"):
         chain_step.run(chain_step.Config(batch_sizes="4", num_chains=5, **TINY))
+
+
+@pytest.mark.slow
+def test_language_model_runs(capsys):
+    tiny = {"d_model": 8, "vocab_size": 50, "context": 16}
+    config = language.Config(num_steps=2, repeats=2, batch_size=4, **tiny)
+    assert set(language.train_report(config)) == {"bare loop", "fit", "fit, sharded"}
+    assert "tokens/s" in capsys.readouterr().out
+    sizes = {"batch_sizes": "2", "num_steps": 2, "repeats": 2, "d_model": 8, "num_layers": 1}
+    assert list(chain_step.run(chain_step.Config(model="language", **sizes))) == [2]
+    with pytest.raises(ValueError, match="model='speech': give regression or language"):
+        chain_step.run(chain_step.Config(model="speech", **sizes))
 
 
 @pytest.mark.slow

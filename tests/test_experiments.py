@@ -186,7 +186,8 @@ def test_behavior_is_that_of_the_library_and_resumes(copy):
 
 def test_trajectory_is_the_pca_of_the_predictions(copy, capsys):
     config = dataclasses.replace(measure_trajectory.PRESETS["smoke"], workdir=str(copy))
-    steps, pca, names = measure_trajectory.load(copy / "trajectory")
+    steps, pca, names, others = measure_trajectory.load(copy / "trajectory")
+    assert others == []
     assert list(steps) == schedule(train_config(copy))
     assert names == ["zero", "ridge"]
     model, task = train_regression.setting(train_config(copy))
@@ -214,11 +215,12 @@ def test_trajectory_is_the_pca_of_the_predictions(copy, capsys):
     # Blocks are a matter of memory; two equal runs share their components.
     again = dataclasses.replace(config, block=5, also=str(shutil.copytree(copy, copy / "twin")))
     measure_trajectory.run(again)
-    _, joint, _ = measure_trajectory.load(copy / "trajectory")
+    _, joint, _, [twin] = measure_trajectory.load(copy / "trajectory")
+    np.testing.assert_allclose(twin, joint.scores[: steps.size], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(joint.explained, pca.explained, rtol=1e-3)
     np.testing.assert_allclose(np.abs(joint.scores), np.abs(pca.scores), rtol=1e-2, atol=1e-3)
     measure_trajectory.run(dataclasses.replace(config, all_outputs=True))
-    assert measure_trajectory.load(copy / "trajectory")[2] == []
+    assert measure_trajectory.load(copy / "trajectory").references == []
 
 
 def test_some_checkpoints_first_and_the_rest_later(copy):

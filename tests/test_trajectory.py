@@ -358,6 +358,12 @@ def test_every_size_of_trajectory_can_be_drawn(num, num_references, num_componen
     shown = figure.axes[0].get_legend_handles_labels()[1]
     assert [name for name in shown if name.startswith("predictor")] == names
     assert figures.png(figure, dpi=30).startswith(b"\x89PNG")
+    beside = trajectory_figure(steps, pca, others=[pca.scores[:3] + 1.0, 5.0 * pca.scores[:4]])
+    lines = {line.get_label(): line for line in beside.axes[0].lines}
+    np.testing.assert_array_equal(lines["run 3"].get_xydata(), 5.0 * pca.scores[:4, :2])
+    (left, right), reach = beside.axes[0].get_xlim(), 5.0 * pca.scores[:4, 0]
+    assert left < reach.min()
+    assert reach.max() < right
     alone = trajectory_figure(steps, pca)
     assert "predictor 0" not in alone.axes[0].get_legend_handles_labels()[1]
 
