@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from llc_jax import checks
-from llc_jax.llc import default_nbeta_of, estimate_llc_over_checkpoints, estimate_llc_over_settings
+from llc_jax.lanes import default_nbeta_of
+from llc_jax.llc import estimate_llc_over_checkpoints, estimate_llc_over_settings
 from llc_jax.pilot import Pilot, Settled, fitted, relaxation_steps, stiffness_of
 from llc_jax.proposal import Calibration, lengths
 from llc_jax.samplers import BAOAB, SGLD
