@@ -72,8 +72,9 @@ def find_stages(
     excludes zero. Between two neighbouring movements lies a boundary if, with the stated
     probability, either their signs differ or the slope between them falls below `dip` times both.
     Of a pair that fails, the weaker movement is dropped, least probable pair first, until every
-    remaining pair passes. A plateau before the first or after the last movement makes no stage
-    of its own: see `find_plateaus`.
+    remaining pair passes. So is a movement that no two points in or next to its stage show: where
+    points are sparse, a smooth curve overshoots between them. A plateau before the first or after
+    the last movement makes no stage of its own: see `find_plateaus`.
 
     Error rates at the defaults, with Gaussian noise and log-spaced steps (the slow tests in
     tests/test_stages.py repeat a part of these measurements): noise alone gives a boundary in at
@@ -109,7 +110,8 @@ def find_stages(
     boundaries = []
     if not posterior.evidence < _MIN_EVIDENCE:
         peaks = _significant_peaks(mean, margin)
-        boundaries = _probable_boundaries(mean, samples, peaks, confidence, dip)
+        points = _points(steps, values)
+        boundaries = _probable_boundaries(mean, samples, peaks, confidence, dip, grid, points)
     return _stages(posterior, grid, boundaries, confidence)
 
 
@@ -188,19 +190,44 @@ def _significant_peaks(mean: np.ndarray, margin: np.ndarray) -> np.ndarray:
     return np.flatnonzero((height > padded[:-2]) & (height >= padded[2:]))
 
 
+def _points(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps [N] and values [N] of the points that count, in order of steps."""
+    steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+    order = np.argsort(steps)
+    order = order[np.isfinite(values[order])]
+    return steps[order], values[order]
+
+
 def _probable_boundaries(
-    mean: np.ndarray, samples: np.ndarray, peaks: np.ndarray, confidence: float, dip: float
-) -> list[_Boundary]:
-    """Merges neighbouring movements until every boundary between two of them is probable."""
+    mean: np.ndarray, samples: np.ndarray, peaks: np.ndarray, confidence: float, dip: float,
+    grid: np.ndarray, points: tuple[np.ndarray, np.ndarray],
+) -> list[_Boundary]:  # fmt: skip
+    """Merges neighbouring movements until all are seen and every boundary between is probable."""
     movements = peaks.tolist()
     while len(movements) > 1:
         pairs = list(itertools.pairwise(movements))
         found = [_boundary(mean, samples, *pair, dip) for pair in pairs]
         worst = min(range(len(found)), key=lambda i: found[i].confidence)
-        if found[worst].confidence >= confidence:
+        if found[worst].confidence < confidence:
+            movements.remove(min(pairs[worst], key=lambda index: abs(mean[index])))
+            continue
+        cuts = grid[[0, *(boundary.index for boundary in found), -1]]
+        unseen = [
+            index for index, start, end in zip(movements, cuts[:-1], cuts[1:], strict=True)
+            if not _seen(*points, start, end, np.sign(mean[index]))
+        ]  # fmt: skip
+        if not unseen:
             return found
-        movements.remove(min(pairs[worst], key=lambda index: abs(mean[index])))
+        movements.remove(min(unseen, key=lambda index: abs(mean[index])))
     return []
+
+
+def _seen(steps: np.ndarray, values: np.ndarray, start: float, end: float, sign: float) -> bool:
+    """Whether any two points in a stage, or next to it, differ in the direction of its movement."""
+    first = max(np.searchsorted(steps, start, side="right") - 1, 0)
+    last = np.searchsorted(steps, end, side="left") + 1
+    risen = sign * values[first:last]
+    return bool(np.any(risen > np.minimum.accumulate(risen)))
 
 
 def _boundary(

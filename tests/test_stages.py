@@ -312,3 +312,28 @@ def test_published_language_boundaries_are_found_unaided():
     found = find_stages(table["steps"], table["values"])
     assert all(_near(found, step) for step in (900, 6_500, 8_500, 17_000))
     assert _kinds(found)[:4] == ["rise", "rise", "fall", "rise"]
+
+
+_SPARSE = pathlib.Path(__file__).parents[1] / "experiments/results/regression/llc-hot.csv"
+
+
+def test_overshoot_between_sparse_points_is_no_stage(monkeypatch):
+    """λ̂ of a run at few steps: each is above the one before from 69 to 20,202, but a smooth curve
+    through them falls between two of them, as if it were sure of it."""
+    with open(_SPARSE, encoding="utf-8") as file:
+        rows = [(int(r["step"]), float(r["llc"]), float(r["stderr"])) for r in csv.DictReader(file)]
+    steps, values, stderr = map(np.array, zip(*rows, strict=True))
+    assert np.all(np.diff(values[(steps >= 69) & (steps <= 20_202)]) > 0)
+    assert _kinds(find_stages(steps, values, stderr)) == ["rise", "rise", "fall"]
+    monkeypatch.setattr(stages, "_seen", lambda *_: True)
+    assert _kinds(find_stages(steps, values, stderr)) == ["rise", "fall", "rise", "fall"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_movement_is_seen_in_its_stage_and_next_to_it(sign):
+    steps, values = np.array([0.0, 10.0, 20.0, 30.0]), sign * np.array([1.0, 3.0, 2.0, 5.0])
+    assert stages._seen(steps, values, 12.0, 18.0, -sign)  # from 10 to 20, both outside
+    assert stages._seen(steps, values, 10.0, 20.0, -sign)
+    assert not stages._seen(steps, values, 21.0, 29.0, -sign)
+    assert not stages._seen(steps, values, 0.0, 9.0, -sign)
+    assert stages._seen(steps, values, 0.0, 30.0, -sign)
