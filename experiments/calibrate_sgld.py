@@ -125,6 +125,7 @@ def run(config: Config, phase: str = "calibration") -> None:
             num_burnin=config.num_burnin,
             num_chains=config.num_chains,
             relative_stderr=config.relative_stderr,
+            report=lambda text: cli.say(f"{phase}: {text}"),
             batch_size=config.batch_size,
             grad_accum=config.grad_accum,
             setting_batch=config.setting_batch or None,

@@ -5,7 +5,7 @@ Symbols as in `llc_jax.pilot`: ε, nβ, γ, and Λ, the largest curvature of the
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ def calibrate(
     num_burnin: int = 500,
     num_chains: int = 4,
     relative_stderr: float = 0.02,
+    report: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Calibration:
     """Proposes settings for `estimate_llc` at `params`, and says how far they decide the answer.
@@ -69,6 +70,7 @@ def calibrate(
       num_burnin: their burn-in, and the length of the pilot chains.
       num_chains: chains for each setting.
       relative_stderr: the standard error to be reached by the proposed draws, relative to λ̂.
+      report: called with a line of text after each of the steps above, such as `print`.
       **options: of `estimate_llc_over_settings`: batch_size, grad_accum, mask, setting_batch, ...;
         not thinning and num_probes, which are chosen here.
 
@@ -105,6 +107,7 @@ def calibrate(
     checks.sampler_instance(sampler)
     pilot_key, sweep_key, elsewhere_key = jax.random.split(rng_key, 3)
     chains = {"num_chains": num_chains, **options}
+    say = report or (lambda text: None)
 
     # 1. At the anchor, down a ladder of localizations, and at the cells of the grid.
     fractions = np.asarray(step_fractions, float)
@@ -114,9 +117,11 @@ def calibrate(
     at_anchor = pilot.at_anchor(anchor_key, nbeta)
     if not math.isfinite(at_anchor):
         raise ValueError("the Hessian at params is not finite: use another checkpoint.")
+    say(f"at the anchor the largest eigenvalue of nbeta H is {at_anchor:.3g}")
     if localization is None:
         rungs = pilot.ladder(ladder_key, nbeta, at_anchor, num_weights)
         localization = pilot.affordable(rungs)
+        say(f"the weakest localization that relaxes within the burn-in is {localization:.3g}")
     else:
         gamma = np.full(1, float(localization))
         rungs = Settled(gamma, at_anchor + gamma, np.full(1, True), 0)
@@ -127,6 +132,8 @@ def calibrate(
     curvature = np.interp(np.log(cells[1]), np.log(rungs.localizations), np.log(curvature))
     guess = np.exp(curvature) * cells[0] / nbeta + cells[1]
     met = pilot.settle(cells_key, *cells, guess, at_anchor * cells[0] / nbeta + cells[1])
+    low, high = met.stiffness.min(), met.stiffness.max()
+    say(f"over the grid pilot chains meet a stiffness of {low:.3g} to {high:.3g}")
 
     # 2. The grid, and the control, whose law is known where nothing is preconditioned.
     def run(sampler, lanes, steps):
@@ -155,6 +162,7 @@ def calibrate(
         estimates=estimates[: math.prod(shape)].reshape(shape),
         control=estimates[math.prod(shape) :],
     )
+    say(f"sampled {estimates.size} settings")
 
     # 3. The plateau, and what to run there.
     chosen, found, warnings = plateau(sweep)

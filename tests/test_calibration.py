@@ -204,11 +204,16 @@ def test_the_report_in_words_names_numbers(with_gap):
 
 def test_curvature_is_taken_where_the_chains_are_not_at_the_anchor():
     params = {"u": np.zeros(4, np.float32), "v": np.zeros(8, np.float32)}
+    said = []
     found = calibrate(
         jax.random.key(0), wandering, params, np.ones(2, np.float32), nbeta=100.0,
         localization=0.5, nbeta_factors=(1.0,), localization_factors=(1.0,),
-        step_fractions=(0.4,), **SIZES,
+        step_fractions=(0.4,), report=said.append, **SIZES,
     )  # fmt: skip
+    anchor, met, sampled = said
+    assert anchor.endswith("is 100")
+    assert f"{found.sweep.stiffness[0, 0]:.3g}" in met
+    assert sampled == "sampled 2 settings"  # the control is one
     assert found.stiffness_at_anchor == pytest.approx(100.5, rel=0.01)
     # v is free up to the pull: mean v² near 1/γ = 2, curvature near 1 + 4 · 2.
     assert 4 < found.stiffness / found.stiffness_at_anchor < 30
