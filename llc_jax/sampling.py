@@ -150,8 +150,8 @@ def sample_chain(
             anchor_loss, parts_fn,
         )  # fmt: skip
 
-    def step(state, keys, probing):
-        batch_key, noise_key = keys
+    def step(state, key_data, probing):
+        batch_key, noise_key = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(rng_key))
         batch, anchor_loss, anchor_parts = minibatch(batch_key)
         posterior = posterior_on(batch, anchor_loss)
         new_state, here = sampler.step(noise_key, state, posterior, mask)
@@ -170,31 +170,33 @@ def sample_chain(
         return new_state, (here.loss, anchor_loss, distance, ratio, parts, extra)
 
     def draw(state, inputs):
-        keys, probing = inputs
+        key_data, probing = inputs
         if plan.thinning == 1:
-            return step(state, keys[0], probing)
-        blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, keys[0], probing)[1])
+            return step(state, key_data[0], probing)
+        blank = jax.eval_shape(lambda: step(state, key_data[0], probing)[1])
         return jax.lax.fori_loop(
             0,
             plan.thinning,
-            lambda i, carry: step(carry[0], keys[i], probing & (i == plan.thinning - 1)),
-            (state, blank),
+            lambda i, carry: step(carry[0], key_data[i], probing & (i == plan.thinning - 1)),
+            (state, jax.tree.map(jnp.zeros_like, blank)),
         )
 
-    # Keys of all steps at once: in the loop each would be a program of its own. The last pair is
-    # that of the step after the last, which no step uses.
+    def keys_of(t):  # of the minibatch, of the noise
+        return jax.random.split(jax.random.fold_in(rng_key, t))
+
+    # Of all steps at once: in the loop they would be programs of their own, every step. As data,
+    # since checks for keys that are used twice do not see through a scan over keys in a vmap.
     count = plan.total_draws * plan.thinning
-    keys = jax.vmap(lambda t: jax.random.split(jax.random.fold_in(rng_key, t)))(
-        jnp.arange(count + 1)
-    )
+    key_data = jax.vmap(lambda t: jax.random.key_data(keys_of(t)))(jnp.arange(count))
+    key_data = key_data.reshape(plan.total_draws, plan.thinning, *key_data.shape[1:])
     draws = jnp.arange(plan.total_draws)
     probing = jnp.isin(draws, jnp.asarray(probes, draws.dtype))
     state, (losses, references, distance, ratio, parts, extra) = jax.lax.scan(
-        draw, sampler.init(anchor), (keys[:-1].reshape(-1, plan.thinning, 2), probing)
+        draw, sampler.init(anchor), (key_data, probing)
     )
     stability = None
     if plan.num_probes and hasattr(sampler, "step_size"):
-        batch_key, start_key = keys[-1]
+        batch_key, start_key = keys_of(count)  # of the step after the last
         posterior = posterior_on(*minibatch(batch_key)[:2])
         stability = stability_matrix(start_key, sampler, state, posterior, mask)
     return Trace(losses, references, distance, ratio, stability, parts, extra)
