@@ -50,6 +50,7 @@ def test_networks_without_an_estimate_are_counted_and_left_out():
     assert row["median_relative_stderr"] == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 def test_one_network_end_to_end_and_again(tmp_path, capsys):
     config = dataclasses.replace(
         benchmark_dln.PRESETS["smoke"], workdir=str(tmp_path / "run"), first_network=4,

@@ -28,6 +28,7 @@ from llc_jax.vectors import Layout
 TINY = {"d_model": 4, "num_layers": 1}
 
 
+@pytest.mark.slow
 def test_the_sampling_program_compiles_exactly_once(capsys):
     config = compile_once.Config(num_draws=2, batch_size=4, **TINY)
     assert (config.num_checkpoints, config.checkpoint_batch) == (10, 4)
@@ -46,6 +47,7 @@ def test_a_compilation_is_seen():
     assert after == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_checkpoints(capsys):
     # 18 more checkpoints of 8 MiB: one copy kept of each, on the host or on the device, adds
     # 144 MiB. Half of that is nine checkpoints, more than twice as many as are in flight at once.
@@ -55,6 +57,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(capsys):
     assert "ratio" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_accumulation_and_chain_batch_lower_the_temporaries():
     config = memory.Config(batch_size=64, num_chains=2, **TINY)
     size = memory.temporaries(config, [(1, 2), (4, 2), (1, 1)])
@@ -78,6 +81,7 @@ def test_gradient_descent_is_gradient_descent():
     np.testing.assert_allclose(losses[:, 0], (data**2).sum(1).reshape(4, 3).mean(1) / 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_chain_step_runs(capsys):
     config = chain_step.Config(batch_sizes="4", num_steps=2, repeats=2, **TINY)
     assert list(chain_step.run(config)) == [4]

@@ -124,6 +124,7 @@ def test_between_the_rungs_of_a_ladder_by_hand():
     assert 10 < affordable(1.0 / rungs, settled=(False, False, True)) < 100
 
 
+@pytest.mark.slow
 def test_the_weakest_localization_is_that_whose_own_curvature_the_burn_in_affords():
     # Mean v² is near 1/γ, so Λ near nbeta (1 + 4/γ): the weaker γ, the stiffer it gets.
     params = {"u": np.zeros(4, np.float32), "v": np.zeros(64, np.float32)}
@@ -241,6 +242,7 @@ def scaled(params, batch):
     return 0.5 * params["scale"] * jnp.sum(batch * params["w"][None] ** 2, axis=-1)
 
 
+@pytest.mark.slow
 def test_minibatches_get_sgld_and_full_batches_baoab(with_gap):
     assert isinstance(with_gap.settings["sampler"], BAOAB)
     found = calibrate(
@@ -417,6 +419,7 @@ def quadratic_at_half(params, batch):
     return 0.5 * jnp.sum(batch * wide[None] ** 2, axis=-1)
 
 
+@pytest.mark.slow
 def test_the_control_of_a_preconditioned_sampler_is_not_preconditioned():
     found = calibrate(
         jax.random.key(0), quadratic, ORIGIN, curvatures(GAP), nbeta=300.0, localization=10.0,
@@ -446,6 +449,7 @@ def test_lengths_by_hand(with_gap):
     assert lengths(few, 10.0, 1.0, 0.02).relative_stderr == pytest.approx(0.002 / math.sqrt(2))
 
 
+@pytest.mark.slow
 def test_an_error_out_of_reach_is_not_promised():
     # One weight, mean of the loss gap 1/2 × 30/(30 + 1e5), drowned in the noise of the minibatches.
     noise = np.array([[1.0], [-1.0]], np.float32) * np.ones((1, DIM), np.float32)
@@ -519,6 +523,7 @@ def product(params, batch):
     return batch * 0.5 * jnp.sum((params["u"] * params["v"] * params["w"]) ** 2)
 
 
+@pytest.mark.slow
 def test_an_anchor_without_curvature_is_calibrated_by_what_lies_around_it():
     params = {name: np.zeros(16, np.float32) for name in "uvw"}
     found = calibrate(
@@ -532,6 +537,7 @@ def test_an_anchor_without_curvature_is_calibrated_by_what_lies_around_it():
     assert 1.0 < found.sweep.estimates[0, 0, 0].mean < 8.0
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_flat_everywhere_has_nothing_to_calibrate_but_breaks_nothing():
     found = calibrate(
         jax.random.key(0), quadratic, ORIGIN, curvatures(0 * GAP), nbeta=300.0, num_draws=50,

@@ -87,6 +87,7 @@ def test_the_regression_loss_is_that_of_the_library():
     np.testing.assert_allclose(loss_fn(params, data), library, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_language_model_does_not_see_the_future():
     loss_fn, params, data = compare_problems.of_stored(TINY["language"]().stored)
     tokens = jnp.asarray(data["tokens"][:1])

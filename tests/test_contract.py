@@ -40,6 +40,15 @@ SAMPLERS = {
 }
 
 each_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+# For what takes several programs a sampler: one without and one with a state of its own at once.
+QUICK = ("SGLD", "SGNHT")
+each_sampler_slowly = pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(sampler, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, sampler in SAMPLERS.items()
+    ],
+)
 
 
 def test_no_sampler_is_missing():
@@ -249,7 +258,7 @@ def compiled(caplog):
     return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
 
 
-@each_sampler
+@each_sampler_slowly
 def test_ten_checkpoints_three_settings_and_a_second_call_compile_once(sampler, caplog):
     checkpoints = [(step, {"w": np.full(5, step, np.float32)}) for step in range(10)]
 
@@ -344,7 +353,7 @@ def mesh_of(rows, columns):
     return jax.sharding.Mesh(devices, (CHECKPOINT, CHAIN), axis_types=(auto, auto))
 
 
-@each_sampler
+@each_sampler_slowly
 def test_neither_devices_nor_chunks_change_the_numbers(sampler):
     together = over_checkpoints(sampler, num_chains=5, mesh=mesh_of(1, 1))
     layouts = [{"mesh": mesh_of(1, 1), "checkpoint_batch": 3, "chain_batch": 2}]
