@@ -260,6 +260,7 @@ def test_every_figure_is_drawn(copy):
     assert set(make_figures.more(found)) == {"slopes"}
 
 
+@pytest.mark.slow
 def test_variations_of_the_settings(copy):
     config = dataclasses.replace(
         vary_llc.PRESETS["smoke"], workdir=str(copy), data_sizes="32", batch_sizes="16", seeds="3",
@@ -507,7 +508,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_9_leaves_no_trace(uninterrupted, seed):
     """Training and the sweep, killed at a random moment and run again, end bitwise the same."""
     rng = np.random.default_rng(seed)
