@@ -381,7 +381,7 @@ def weights_of(params, batch):
     return params["w"]
 
 
-@each_sampler
+@each_sampler_slowly
 def test_a_diverged_chain_leaves_its_neighbours_bitwise_alone(sampler):
     def run(wall):
         return estimate_llc(
@@ -421,7 +421,7 @@ def test_a_diverged_chain_leaves_its_neighbours_bitwise_alone(sampler):
         np.testing.assert_array_equal(found, expected, err_msg=field)
 
 
-@each_sampler
+@each_sampler_slowly
 def test_a_grid_of_settings_compiles_once_and_equals_its_settings_one_by_one(sampler, caplog):
     options = {**PLAN, "batch_size": 4}
     scale = np.geomspace(0.1, 1, 5).reshape(5, 1, 1)

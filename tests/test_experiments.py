@@ -303,6 +303,7 @@ def test_variations_of_the_settings(copy):
         assert (folder / f"{name}.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_calibration_of_a_run_proposes_a_command_that_runs(copy, capsys):
     config = dataclasses.replace(
         calibrate_sgld.PRESETS["smoke"], workdir=str(copy), step_fractions="0.4",
