@@ -103,7 +103,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = ("SGNHT", "MALA")  # the others take half a minute each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS]
+)
 def test_singular_losses_agree_with_quadrature(name):
     sampler, copies, chains, burnin, draws, thinning = RUNS[name]
     start = {axis: np.zeros((copies, len(ROWS)), np.float32) for axis in ("x", "y")}
