@@ -346,7 +346,9 @@ def trained(width, steps=300):
     return jax.jit(lambda p: jax.lax.scan(step, p, length=steps)[0])(net(width, scale=0.3)), data
 
 
-@pytest.mark.parametrize("width", [6, 60, 330])
+@pytest.mark.parametrize(
+    "width", [*(pytest.param(w, marks=pytest.mark.slow) for w in (6, 60)), 330]
+)
 def test_gaussian_llc_is_the_dense_value(width):
     params, data = trained(width)
     hessian = dense(net_loss, params, data)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llc_jax import SGLD, estimate_llc_over_checkpoints, llc, parallel
+from llc_jax import SGLD, estimate_llc_over_checkpoints, lanes, parallel
 from llc_jax.sampling import sample
 
 DEVICES = jax.devices()
@@ -102,7 +102,7 @@ def arguments_of_sample(monkeypatch, *args, **options):
         raise CapturedError(positional, named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llc, "sample", capture)
+        patch.setattr(lanes, "sample", capture)
         with pytest.raises(CapturedError) as error:
             next(iter(estimates(*args, **options)))
     return error.value.args

@@ -321,6 +321,7 @@ ALIKE = np.ones(DIM)
 
 
 @pytest.mark.parametrize("spread", [0.0, SPREAD], ids=["full gradient", "minibatches"])
+@pytest.mark.slow
 def test_rmsprop_is_exact_in_the_two_limits_of_its_memory_and_wrong_between(spread):
     # εGΛ is 0.1: the chain forgets in some 20 steps, V in 0, 100 and 10 000.
     noise, stiffness = heat(1.0, spread, STIFF), STIFF + 1
@@ -340,6 +341,7 @@ def test_rmsprop_is_exact_in_the_two_limits_of_its_memory_and_wrong_between(spre
     assert (0.01 if spread else 0.04) < excess < 0.08
 
 
+@pytest.mark.slow
 def test_smaller_steps_do_not_make_rmsprop_right():
     # The law tends to exp(-U)/G as step_size -> 0: twice the value for a small epsilon.
     ideal = 1 / (STIFF + 1)
