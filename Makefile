@@ -8,7 +8,7 @@ demo: .venv/.installed
 
 test: .venv/.installed-test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 -m slow

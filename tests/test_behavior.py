@@ -89,6 +89,7 @@ def test_inputs_and_tasks_out_of_distribution_are_told_apart(params, sequences):
         np.testing.assert_allclose(near[name][0], near["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_means_do_not_depend_on_how_many_sequences_fit_in_memory(monkeypatch, params, sequences):
     whole = measured(params, sequences)
     monkeypatch.setattr(regression, "MAX_CHUNK", 10)  # 48 in 5 chunks of 10, the last not full
@@ -108,6 +109,7 @@ def test_one_sample_is_ridge_on_one_pair():
     np.testing.assert_allclose(moved[:, [0, 2, 3]], one[:, [0, 2, 3]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finite_prior_adds_its_optimal_predictor(params):
     task = RegressionTask(dim=3, num_examples=4, num_tasks=5)
     found = measured(params, regression.evaluation_set(jax.random.key(0), task, 16))

@@ -203,6 +203,7 @@ def test_the_report_in_words_names_numbers(with_gap):
     assert "<pre>" in with_gap._repr_html_()
 
 
+@pytest.mark.slow
 def test_curvature_is_taken_where_the_chains_are_not_at_the_anchor():
     params = {"u": np.zeros(4, np.float32), "v": np.zeros(8, np.float32)}
     said = []
@@ -222,6 +223,7 @@ def test_curvature_is_taken_where_the_chains_are_not_at_the_anchor():
     assert any("Only one nbeta" in warning for warning in found.warnings)
 
 
+@pytest.mark.slow
 def test_the_worst_checkpoint_sets_the_step_size():
     stiff = {"scale": np.float32(5.0), "w": np.zeros(DIM, np.float32)}
     soft = {"scale": np.float32(1.0), "w": np.zeros(DIM, np.float32)}

@@ -45,6 +45,7 @@ def problem(request):
     return TINY[request.param]()
 
 
+@pytest.mark.slow
 def test_a_problem_survives_the_disk(problem, tmp_path):
     compare_worker.save(tmp_path, problem.stored)
     back = compare_worker.load(tmp_path)
@@ -116,6 +117,7 @@ def test_synthetic_text_is_a_sparse_markov_chain():
     assert max(followers) <= 8
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     stored = compare_problems.language_model(
         **DRAWS, vocabulary=11, width=8, length=5, num_data=64, training=60

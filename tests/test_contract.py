@@ -40,8 +40,8 @@ SAMPLERS = {
 }
 
 each_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-# For what takes several programs a sampler: one without and one with a state of its own at once.
-QUICK = ("SGLD", "SGNHT")
+# For what takes several programs a sampler.
+QUICK = ("SGLD",)
 each_sampler_slowly = pytest.mark.parametrize(
     "sampler",
     [
@@ -453,6 +453,7 @@ def test_a_grid_of_settings_compiles_once_and_equals_its_settings_one_by_one(sam
 
 
 @each_sampler
+@pytest.mark.slow
 def test_half_precision_weights_are_sampled_as_such(sampler):
     half = {"w": jnp.full(5, 0.25, jnp.bfloat16)}
     full = {"w": np.full(5, 0.25, np.float32)}

@@ -164,6 +164,7 @@ SPECTRA = {
 
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("k", [12, 30, 40])
+@pytest.mark.slow
 def test_lanczos_reconstructs_the_matrix(name, k):
     h = SPECTRA[name]
     matvec = matrix(h)
@@ -270,6 +271,7 @@ def test_hutchinson_is_exact_on_a_diagonal():
     assert estimate.stderr == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_how_many_probes_run_at_once():
     matvec = matrix(TRACE_SPECTRA["geometric"])
     for estimate in (
@@ -409,6 +411,7 @@ SWEEP = {
 CHECKPOINTS = {step: net(seed=step, scale=0.5) for step in (0, 3, 10, 40, 41)}
 
 
+@pytest.mark.slow
 def test_vmapped_checkpoints_are_those_one_at_a_time():
     data = net_data()
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *CHECKPOINTS.values())
@@ -436,6 +439,7 @@ def as_vector(found: Curvature) -> np.ndarray:
 
 
 @pytest.mark.parametrize("checkpoint_batch", [2, 4])
+@pytest.mark.slow
 def test_sweep_is_the_same_in_chunks_and_right(checkpoint_batch):
     data = net_data()
     options = {**SWEEP, "localization": 500.0}
@@ -461,6 +465,7 @@ def test_sweep_is_the_same_in_chunks_and_right(checkpoint_batch):
         assert found.num_products == 12 + 6 + 4 * 6
 
 
+@pytest.mark.slow
 def test_many_checkpoints_compile_once():
     data = net_data(33)
     options = {**SWEEP, "localization": 500.0, "checkpoint_batch": 2}

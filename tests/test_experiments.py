@@ -130,6 +130,7 @@ def test_quickstart_leaves_a_complete_workdir(run):
     )
 
 
+@pytest.mark.slow
 def test_curvature_is_that_of_the_library_and_resumes_where_it_was_killed(copy):
     folder = copy / "llc" / "curvature"
     whole = measure_curvature.load(folder)
@@ -509,7 +510,8 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_kill_9_leaves_no_trace(uninterrupted, seed):
     """Training and the sweep, killed at a random moment and run again, end bitwise the same."""
     rng = np.random.default_rng(seed)
@@ -535,6 +537,7 @@ def test_kill_9_leaves_no_trace(uninterrupted, seed):
     chex.assert_trees_all_equal(*last, strict=True)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(uninterrupted):
     folder = uninterrupted.with_name("stopped")
     command = ("train_regression", "--preset=smoke", f"--workdir={folder}", *SLOWED)

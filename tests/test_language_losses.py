@@ -105,6 +105,7 @@ def test_chunks_change_neither_losses_nor_gradients(chunk):
     assert_trees_close(*grads, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hessian_vector_products_pass_through_chunks():
     loss_fn, direction = LanguageTokenLosses(MODEL, 4), drawn_params(1)
 
@@ -121,6 +122,7 @@ def test_hessian_vector_products_pass_through_chunks():
     assert_trees_close(product(direction), difference, rtol=5e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_chunks_bound_the_memory_of_a_gradient():
     model = AttentionOnlyTransformer(num_heads=1, d_model=16, vocab_size=5000, context=65)
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), model))

@@ -208,6 +208,7 @@ def test_a_language_without_ngrams_has_no_scores_of_them():
 
 
 @pytest.mark.parametrize(("tokens_at_once", "icl"), [(1, None), (5 * L, (10, 3))])
+@pytest.mark.slow
 def test_numbers_do_not_depend_on_what_fits_in_memory(tokens_at_once, icl, found, each):
     behavior = Behavior(MODEL, icl, tokens_at_once)  # 23 sequences in chunks of 1 and of 5
     chunked = dict(measure(behavior, PARAMS, QUESTIONS))

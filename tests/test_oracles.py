@@ -103,7 +103,7 @@ RUNS = {
 }
 
 
-SLOW = ("SGNHT", "MALA")  # the others take half a minute each
+SLOW = ("SGNHT", "MALA", "BAOAB")  # about half a minute each
 
 
 @pytest.mark.parametrize(

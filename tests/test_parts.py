@@ -75,6 +75,7 @@ def test_parts_are_compared_with_the_anchor_on_the_same_minibatch():
     assert still.anchor_losses.std() > 0.01
 
 
+@pytest.mark.slow
 def test_parts_change_nothing_else(estimate):
     without = run(parts_fn=None)
     np.testing.assert_array_equal(without.losses, estimate.losses)
@@ -87,11 +88,13 @@ def rows_of(key):
     return {name: jnp.asarray(x)[rows] for name, x in data().items()}
 
 
+@pytest.mark.slow
 def test_a_stream_of_the_same_rows_has_the_same_parts():
     few = {"num_chains": 4, "num_draws": 40, "num_burnin": 10}
     np.testing.assert_allclose(run(Stream(rows_of), **few).parts, run(**few).parts, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_parts_of_full_batches_and_of_several_checkpoints():
     options = {
         "sampler": SGLD(STEP_SIZE), "nbeta": NBETA, "localization": LOCALIZATION, "num_chains": 3,
@@ -106,6 +109,7 @@ def test_parts_of_full_batches_and_of_several_checkpoints():
         assert found.parts.sum() == pytest.approx(found.mean, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing():
     few = {"num_chains": 2, "num_draws": 30, "num_burnin": 5}
     np.testing.assert_allclose(run(grad_accum=2, **few).parts, run(**few).parts, rtol=1e-3)

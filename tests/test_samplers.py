@@ -415,6 +415,7 @@ def test_a_thermostat_that_works(spread):
         assert exact == pytest.approx(ideal, rel=0.01 if spread else 1e-9)
 
 
+@pytest.mark.slow
 def test_the_thermostat_absorbs_what_heats_the_others():
     spread, stiffness = 0.3, 101.0
     noise, ideal = heat(1.0, spread, 100.0), llc(MANY, 1 / stiffness, 100.0)
@@ -467,6 +468,7 @@ def acceptance_of_mala(step_size, stiffness, dim):
     return total / len(nodes)
 
 
+@pytest.mark.slow
 def test_mala_has_no_step_bias_and_the_acceptance_of_the_closed_form():
     step = np.array([0.01, 0.03, 0.06])
     options = {"batch_size": None, "num_probes": 600}

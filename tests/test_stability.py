@@ -168,6 +168,7 @@ def last_weights(params, batch):
     return params
 
 
+@pytest.mark.slow
 def test_the_number_of_an_estimate_is_that_of_the_hessian_where_the_chain_is():
     data = {"x": INPUTS, "y": TARGETS}
     run = functools.partial(
@@ -246,6 +247,7 @@ def test_rmsprop_at_the_edge_is_level_wrong_and_found_out():
     assert mild.mean > exact + 8 * mild.stderr
 
 
+@pytest.mark.slow
 def test_sgld_is_honest_on_the_same_target():
     # ε Λ = 1, 3 and 10 in the stiffest direction: right by its own law, warned, diverged.
     mild, hard, worse = over_steps(SGLD(np.array([1e-4, 3e-4, 1e-3])), num_draws=3000, thinning=8)
