@@ -12,11 +12,7 @@
 
 import dataclasses
 import functools
-import itertools
-import os
 import resource
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -29,8 +25,6 @@ from llc_jax import SGLD, estimate_llc, parallel, train
 from llc_jax.data.batches import TokenBatches
 from llc_jax.language_losses import LanguageLoss
 from llc_jax.models.attention_only import AttentionOnlyTransformer, init_params
-
-LEARNING_RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +54,7 @@ def speeds(config: Config) -> dict[str, np.ndarray]:
         0, config.vocab_size, (4 * config.batch_size * config.num_steps, config.context), np.uint16
     )
     batches = TokenBatches(rows, config.batch_size, seed=0)
-    optimizer = train.adamw(LEARNING_RATE)
+    optimizer = train.adamw(1e-3)
     params = init_params(jax.random.key(0), model)
     state = jax.device_get(train.init_state(params, optimizer))
 
@@ -70,8 +64,6 @@ def speeds(config: Config) -> dict[str, np.ndarray]:
             optimizer=optimizer, stops=[config.num_steps], block=config.num_steps, mesh=mesh,
         )  # fmt: skip
         return [metrics for _, _, metrics in fitted]
-
-    plain = optax.adamw(LEARNING_RATE, weight_decay=0.05)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, opt_state, tokens):
@@ -83,11 +75,11 @@ def speeds(config: Config) -> dict[str, np.ndarray]:
 
         value, grads = jax.value_and_grad(loss)(params)
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = plain.update(grads, opt_state, params)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
     def bare():
-        params, opt_state = jax.device_put((state.params, plain.init(state.params)))
+        params, opt_state = jax.device_put((state.params, state.opt_state))
         for step in range(config.num_steps):
             tokens = rows[batches.rows(step)].astype(np.int32)
             params, opt_state, value = update(params, opt_state, tokens)
@@ -95,7 +87,7 @@ def speeds(config: Config) -> dict[str, np.ndarray]:
 
     calls = {"bare loop": bare, "fit": functools.partial(ours, None)}
     mesh = parallel.data_mesh(config.batch_size)
-    if mesh is not None and mesh.size > 1:
+    if mesh.size > 1:
         calls["fit, sharded"] = functools.partial(ours, mesh)
     rounds = timing.interleaved(
         {name: functools.partial(timing.elapsed, call) for name, call in calls.items()},
@@ -165,13 +157,8 @@ def memory_report(config: Config) -> int:
             f" {reserved(config, accum) / 2**30:.2f} GiB",
             flush=True,
         )
-    flags = dataclasses.asdict(dataclasses.replace(config, worker=1, num_devices=1))
-    command = [sys.executable, "-m", "experiments.benchmarks.language"]
-    command += itertools.starmap("--{}={}".format, flags.items())
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    peak = int(done.stdout)
+    worker = dataclasses.replace(config, worker=1, num_devices=1)
+    peak = int(timing.in_a_process("language", worker))
     print(f"a process that samples it, grad_accum={config.grad_accum}: peak {peak / 2**30:.2f} GiB")
     return peak
 

@@ -12,9 +12,7 @@
 
 import dataclasses
 import itertools
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Iterable
 
@@ -70,15 +68,9 @@ def sweep(config: Config) -> None:
 
 def peak(config: Config, num_checkpoints: int) -> int:
     """Bytes of peak resident memory of a process that sweeps `num_checkpoints`."""
-    flags = dataclasses.asdict(dataclasses.replace(config, worker=num_checkpoints))
-    command = [sys.executable, "-m", "experiments.benchmarks.memory"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
+    config = dataclasses.replace(config, worker=num_checkpoints)
     # glibc then hands freed arrays back at once: the peak is what is held, not how fragments lie.
-    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return int(done.stdout)
+    return int(timing.in_a_process("memory", config, MALLOC_MMAP_THRESHOLD_=str(2**20)))
 
 
 def temporaries(config: Config, settings: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:

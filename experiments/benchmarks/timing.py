@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +28,27 @@ def main(config_class: type, run: Callable[[Any], Any]) -> None:
         run(config_class(**{f.name: getattr(flags.FLAGS, f.name) for f in fields}))
 
     app.run(start)
+
+
+def in_a_process(module: str, config: Any, **settings: str) -> str:
+    """Runs a benchmark with the flags of a Config in a process of its own; returns its output.
+
+    Args:
+      module: name within `experiments.benchmarks`.
+      config: its Config.
+      **settings: environment variables, besides those of this process.
+
+    Raises:
+      RuntimeError: with what it wrote, if it fails.
+    """
+    command = [sys.executable, "-m", f"experiments.benchmarks.{module}"]
+    command += [f"--{name}={value}" for name, value in dataclasses.asdict(config).items()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | settings
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
 
 
 def integers(text: str) -> list[int]:
