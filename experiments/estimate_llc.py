@@ -178,9 +178,9 @@ def run(config: Config, phase: str = "llc") -> None:
                 if writer and step not in done:
                     save_estimate(folder, step, estimate, provenance)
                 yield count, f" step {step}: {estimate.mean:.1f} ± {estimate.stderr:.1f}", None
-                if flag.signum is not None:
+                if (signum := flag.agreed()) is not None:
                     cli.say(f"\n{phase}: stopped after step {step}; the same command continues")
-                    raise parallel.StopRequested(flag.signum)
+                    raise parallel.StopRequested(signum)
 
         with parallel.stop_signals() as flag:
             for _ in cli.progress(finish(flag), phase, len(work), "checkpoints"):

@@ -192,6 +192,8 @@ def run(config: Config, phase: str = "train") -> None:
     """Trains to the end, from wherever the workdir stands; see `experiments.training`."""
 
     def recipe():
+        import jax
+
         from llc_jax import train
         from llc_jax.data.batches import TokenBatches
         from llc_jax.data.synthetic_language import SyntheticLanguageBatches
@@ -202,7 +204,10 @@ def run(config: Config, phase: str = "train") -> None:
         if config.data == "synthetic":
             batches = SyntheticLanguageBatches(language(config), config.batch_size)
         else:
-            batches = TokenBatches(tokens(config).train, config.batch_size, config.seed)
+            batches = TokenBatches(
+                tokens(config).train, config.batch_size, config.seed, jax.process_index(),
+                jax.process_count(),
+            )  # fmt: skip
         return training.Recipe(
             init=lambda rng_key: init_params(rng_key, transformer),
             loss_fn=LanguageLoss(transformer, config.chunk),

@@ -3,8 +3,10 @@
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from experiments import cli, workdir
 from llc_jax.files import read_json
@@ -67,6 +69,30 @@ def schedule(config) -> list[int]:
     return checkpoint_steps(config.num_steps, config.num_log, config.num_linear)
 
 
+def standing(stops: list[int], sources: Sequence[Any]) -> list[int]:
+    """Where a run stands.
+
+    Args:
+      stops: steps at which checkpoints are kept.
+      sources: the `CheckpointDir` that keeps them, then those of other steps to continue from.
+
+    Returns:
+      [source, step, *missing]: which source has the newest good state with no checkpoint missing
+      before it (-1: none, begin at step 0), its step, and the stops without a good checkpoint.
+    """
+    good = {s for s in sources[0].steps() if not sources[0].verify(s)}
+    missing = [s for s in stops if s not in good]
+    starts = [(-1, -1)]
+    for number, source in enumerate(sources):
+        starts += [
+            (s, number)
+            for s in source.steps()
+            if s <= min(missing, default=-1) and not source.verify(s)
+        ]
+    step, number = max(starts, key=lambda start: start[0])
+    return [number, max(step, 0), *missing]
+
+
 def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any]) -> None:
     """Trains.
 
@@ -74,7 +100,8 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
     2. Training continues from the newest state with no scheduled checkpoint missing before it.
     3. Steps after that are repeated; they come out bitwise the same.
 
-    With `--multihost` every process trains the same model on its own devices and process 0 writes.
+    With `--multihost` the batch is shared by the devices of all processes; all read the workdir,
+    and process 0 decides where to go on from and writes.
 
     Args:
       config: with workdir, seed, num_steps, batch_size, num_log, num_linear, block.
@@ -92,28 +119,23 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
     with workdir.lock(folder, "train" if cli.is_main() else f"train-{jax.process_index()}"):
         if cli.is_main():
             workdir.settle(folder / "train.json", cli.identity(config), facts)
-        kept = CheckpointDir(folder / "checkpoints", writer=cli.is_main())
-        stopped = CheckpointDir(folder / "stopped", writer=cli.is_main())
-        good = {s for s in kept.steps() if not kept.verify(s)}
-        missing = [s for s in stops if s not in good]
+        sources = [
+            CheckpointDir(folder / name, writer=cli.is_main())
+            for name in ("checkpoints", "stopped")
+        ]
+        kept, stopped = sources
+        plan = standing(stops, sources) if cli.is_main() else []
+        source, first, *missing = parallel.from_process_zero(np.asarray(plan, np.int32)).tolist()
         if not missing:
             cli.say(f"{phase}: all {config.num_steps} steps are done")
             return
         init, loss_fn, batch_fn, optimizer, tokens_per_step = recipe()
         init_key, data_key = jax.random.split(jax.random.key(config.seed))
         state = train.init_state(init(init_key), optimizer)
-        starts = [
-            (s, source)
-            for source in (kept, stopped)
-            for s in source.steps()
-            if s <= missing[0] and not source.verify(s)
-        ]
-        if starts:
-            step, source = max(starts, key=lambda start: start[0])
-            _, params, opt_state = source.restore_state(state.opt_state, step)
-            state = train.TrainState(jax.numpy.int32(step), params, opt_state)
-            cli.say(f"{phase}: continuing from step {step}")
-        first = int(state.step)
+        if source >= 0:
+            _, params, opt_state = sources[source].restore_state(state.opt_state, first)
+            state = train.TrainState(jax.numpy.int32(first), params, opt_state)
+            cli.say(f"{phase}: continuing from step {first}")
         if cli.is_main():
             workdir.rewind_jsonl(folder / "metrics.jsonl", first)
             if first == 0 and 0 in missing:
@@ -134,18 +156,20 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
                     before, clock = step, now
                     values["tokens_per_second"] = speed
                     postfix += f", {speed:,.0f} tokens/s"
+                signum = flag.agreed()
                 if cli.is_main():
                     workdir.append_jsonl(folder / "metrics.jsonl", {"step": step, **values})
                     if step in missing:
                         kept.save(step, *jax.device_get((state_.params, state_.opt_state)))
-                    if flag.signum is not None:
-                        if step not in stops and step not in stopped.steps():
-                            stopped.save(step, *jax.device_get((state_.params, state_.opt_state)))
-                        cli.say(f"\n{phase}: stopped at step {step}; the same command continues")
-                        raise parallel.StopRequested(flag.signum)
+                    elif signum and step not in stops and step not in stopped.steps():
+                        stopped.save(step, *jax.device_get((state_.params, state_.opt_state)))
+                if signum:
+                    cli.say(f"\n{phase}: stopped at step {step}; the same command continues")
+                    raise parallel.StopRequested(signum)
                 yield step, postfix, None
 
         with parallel.stop_signals() as flag:
             for _ in cli.progress(steps(flag), phase, config.num_steps, "steps"):
                 pass
-        shutil.rmtree(stopped.folder, ignore_errors=True)
+        if cli.is_main():
+            shutil.rmtree(stopped.folder, ignore_errors=True)

@@ -41,10 +41,23 @@ def make_mesh(num_checkpoints: int, num_chains: int, devices: Sequence[Any] | No
 
 
 def data_mesh(batch_size: int) -> Mesh:
-    """A one-axis mesh ("batch") over as many of this process's devices as divide the batch."""
-    devices = jax.local_devices()
-    count = max(d for d in range(1, len(devices) + 1) if batch_size % d == 0)
-    return Mesh(np.asarray(devices[:count]), ("batch",), axis_types=(AxisType.Auto,))
+    """A one-axis mesh ("batch") over as many devices as divide the batch, of all processes.
+
+    Processes come in their order and each gives equally many devices, so that every one holds its
+    part of a batch in one piece.
+
+    Raises:
+      ValueError: if the batch cannot be shared equally by the processes.
+    """
+    count = jax.process_count()
+    if batch_size % count:
+        raise ValueError(
+            f"batch_size={batch_size} is not a multiple of the {count} processes: give one that is."
+        )
+    share = batch_size // count
+    each = max(d for d in range(1, jax.local_device_count() + 1) if share % d == 0)
+    devices = [jax.local_devices(process_index=p)[:each] for p in range(count)]
+    return Mesh(np.concatenate(devices), ("batch",), axis_types=(AxisType.Auto,))
 
 
 def place(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
@@ -129,6 +142,19 @@ class StopFlag:
     """Remembers the first SIGTERM or SIGINT; `signum` is None until then."""
 
     signum: int | None = None
+
+    def agreed(self) -> int | None:
+        """The signal that any process of the pod has received, the same answer on all.
+
+        Every process must ask, at the same place: one that stops alone would leave the others
+        waiting for it.
+        """
+        if jax.process_count() == 1:
+            return self.signum
+        from jax.experimental import multihost_utils
+
+        seen = multihost_utils.process_allgather(np.int32(self.signum or 0))
+        return int(np.max(seen)) or None
 
     def _set(self, signum: int, _frame: Any) -> None:
         if self.signum is not None:  # the second one means now

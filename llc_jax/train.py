@@ -49,7 +49,8 @@ class HostBatches(Protocol):
     def block(self, first: int, stop: int) -> Batch:
         """Returns the batches of updates `first` to `stop - 1`, arrays [stop - first, B, ...].
 
-        A pure function of the two numbers, so that a run that resumes repeats its batches.
+        A pure function of the two numbers, so that a run that resumes repeats its batches. With a
+        mesh over several processes: this process's part of each batch, [stop - first, B / P, ...].
         """
         ...
 
@@ -175,6 +176,7 @@ def fit(
       block: largest number of steps between two yields.
       mesh: shard the batch over all axes of this mesh and replicate the rest. The mesh needs
         `Auto` axes and a size that divides B. Results differ from one device in the last bits.
+        It may span the processes of a pod, see `parallel.data_mesh`; all must call this, alike.
 
     Returns:
       An iterator of (step, state, metrics) at the end of each block, where `step` is
@@ -231,7 +233,8 @@ def _read(batches: HostBatches, block: int, mesh: Mesh | None, first: int, stop:
     data = jax.tree.map(fill, batches.block(first, stop))
     if mesh is None:
         return jax.device_put(data)
-    return jax.device_put(data, NamedSharding(mesh, PartitionSpec(None, mesh.axis_names)))
+    sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), data)
 
 
 def _blocks(run, state, spans, read):
@@ -276,6 +279,9 @@ def _run_block(rng_key, state, stop, data, *, loss_fn, batch_fn, optimizer, mesh
             sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             batch = jax.lax.with_sharding_constraint(batch, sharding)
         new_state, metrics = train_step(state, batch, loss_fn, optimizer)
+        if mesh is not None:  # every process must be able to read what it has, to save it
+            whole = NamedSharding(mesh, PartitionSpec())
+            new_state, metrics = jax.lax.with_sharding_constraint((new_state, metrics), whole)
         finite = jnp.all(jnp.isfinite(jnp.stack(metrics)))
         bad_step = jnp.where(finite, -1, state.step)
         return new_state, loss_sum + metrics.loss, metrics, bad_step
@@ -314,8 +320,11 @@ def _check_fit_arguments(rng_key, state, loss_fn, batch_fn, stops, block, mesh):
     size = checks.data_length(batch)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
     checks.losses(loss_fn, shapes, batch, size)
-    if mesh is not None and size % mesh.size:
-        raise ValueError(
-            f"batch size {size} is not a multiple of the {mesh.size} devices of the "
-            "mesh: change one of them."
-        )
+    if mesh is not None:
+        # Batches from the host are a process's part, those of `batch_fn` are whole.
+        devices = len(mesh.local_devices) if _on_host(batch_fn) else mesh.size
+        if size % devices:
+            raise ValueError(
+                f"batch size {size} is not a multiple of the {devices} devices of the "
+                "mesh: change one of them."
+            )

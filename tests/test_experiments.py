@@ -6,7 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -552,26 +551,3 @@ def test_sigterm_saves_and_the_same_command_continues(uninterrupted):
     a, b = (f / "metrics.jsonl" for f in (folder, uninterrupted))
     assert a.read_bytes() == b.read_bytes()
     assert not (folder / "stopped").exists()
-
-
-def test_two_processes_get_the_numbers_of_one(run, copy):
-    """Two processes with two devices each, over loopback, against this one with four: bitwise."""
-    if len(os.sched_getaffinity(0)) != 2 or jax.device_count() != 4:
-        pytest.skip("needs two cores, so that two processes have the four devices of this one")
-    whole = hashes(run / "llc", "*.nc")
-    shutil.rmtree(copy / "llc")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [
-        start("estimate_llc", "--preset=smoke", f"--workdir={copy}", "--multihost",
-              f"--coordinator={address}", "--num_processes=2", f"--process_id={i}")
-        for i in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        finish(process)
-    found = results.load_sweep(copy / "llc")
-    expected = results.load_sweep(run / "llc")
-    for name in ("llc", "losses", "anchor_losses", "distance", "acceptance"):
-        np.testing.assert_array_equal(found[name], expected[name])
-    assert hashes(copy / "llc", "*.nc").keys() == whole.keys()

@@ -191,6 +191,18 @@ def test_place_splits_and_fetch_gathers():
 # --- start-up and signals ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("batch_size", "expected"), [(8, 4), (6, 3), (2, 2), (7, 1)])
+@needs_four
+def test_data_mesh_has_as_many_devices_as_divide_the_batch(batch_size, expected):
+    assert parallel.data_mesh(batch_size).devices.tolist() == DEVICES[:expected]
+
+
+def test_data_mesh_wants_equal_parts_for_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ValueError, match="batch_size=32 is not a multiple of the 3 processes"):
+        parallel.data_mesh(32)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
