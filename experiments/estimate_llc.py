@@ -77,7 +77,27 @@ def paper() -> Config:
     )  # fmt: skip
 
 
-PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+def language_small() -> Config:
+    """For `train_language --preset=small`, on two cores: 32 checkpoints in one to two hours."""
+    return Config(
+        workdir="runs/language", preset="language_small", num_data=1024, step_size=7e-6,
+        nbeta=500.0, localization=10_000.0, num_chains=2, num_draws=100, num_burnin=70,
+        batch_size=8,
+    )  # fmt: skip
+
+
+def language_paper() -> Config:
+    """The published settings of the language model (arXiv 2402.02364, appendix A), no burn-in."""
+    return Config(
+        workdir="runs/language-paper", preset="language_paper", num_data=2**15, step_size=3e-3,
+        nbeta=21.71, localization=300.0, num_chains=20, num_draws=200, num_burnin=0,
+        batch_size=100, grad_accum=25, chain_batch=1,
+    )  # fmt: skip
+
+
+PRESETS = {
+    p.__name__: p() for p in (smoke, quickstart, small, paper, language_small, language_paper)
+}
 
 
 def results_folder(config: Config) -> pathlib.Path:
