@@ -45,31 +45,35 @@ def paper() -> Config:
 
 
 PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+_LIBRARY = pathlib.Path(__file__).parents[1] / "llc_jax"
+SOURCES = (_LIBRARY / "stages.py", _LIBRARY / "smoothing.py")  # what the boundaries follow from
 
 
 def run(config: Config, phase: str = "stages") -> None:
-    """Finds the stages, unless `stages.json` is up to date."""
+    """Finds the stages, unless `stages.json` is up to date with estimates, settings and code."""
     from llc_jax.files import digest, read_json, write_json
     from llc_jax.results import finished_steps, load_sweep, result_path
     from llc_jax.stages import find_plateaus, find_stages
 
     folder = estimate_llc.results_folder(config)
     path = folder / "stages.json"
-    inputs = digest(result_path(folder, s) for s in finished_steps(folder))
+    known = {
+        "config": cli.identity(config),
+        "inputs": digest(result_path(folder, s) for s in finished_steps(folder)),
+        "sources": digest(SOURCES),
+    }
     if path.exists():
         old = read_json(path)
-        if old["inputs"] == inputs and old["config"] == cli.identity(config):
+        if known.items() <= old.items():
             cli.say(f"{phase}: {_describe(old['stages'])} (up to date)")
             return
     sweep = load_sweep(folder)
     curve = (sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values)
     options = {"kernel": config.kernel, "confidence": config.confidence}
     stages = [workdir.plain(stage._asdict()) for stage in find_stages(*curve, **options)]
-    content = {
-        "config": cli.identity(config),
+    content = known | {
         "command": cli.command("find_stages", config.preset, config, PRESETS[config.preset]),
         "versions": workdir.versions(),
-        "inputs": inputs,
         "stages": stages,
         "plateaus": find_plateaus(*curve, **options),
     }

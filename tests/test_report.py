@@ -1,4 +1,7 @@
-"""The page is whole, well-formed, self-contained and says everything it was given."""
+"""The page is whole, well-formed, self-contained and says everything it was given.
+
+Stages, which it shows, are found again when anything that they follow from has changed.
+"""
 
 import csv
 import html
@@ -11,7 +14,8 @@ import pytest
 from matplotlib.figure import Figure
 from test_figures import STAGES, make_sweep
 
-from llc_jax import report
+from experiments import find_stages
+from llc_jax import files, report, results
 
 VOID = {"meta", "img", "br"}
 HOSTILE = """</td><script>alert("1")</script> & 'x' $\\frac{ \u202e {nbeta}"""
@@ -160,3 +164,26 @@ def test_csv_round_trips():
 def test_names_of_a_foreign_file_system_can_be_written():
     text = render(make_sweep(), command=os.fsdecode(b"/runs/\xff"))
     assert b"/runs/\\udcff" in text.encode()
+
+
+@pytest.mark.parametrize("changed", ["stages.py", "smoothing.py", "a result"])
+def test_stages_are_found_again_after_a_change(tmp_path, monkeypatch, changed):
+    sweep = make_sweep()
+    for i, step in enumerate(sweep.checkpoint.values):
+        results.save(tmp_path / "llc", step, sweep.isel(checkpoint=i, drop=True))
+    config, path = find_stages.Config(str(tmp_path)), tmp_path / "llc" / "stages.json"
+    find_stages.run(config)
+    found = files.read_json(path)
+    files.write_json(path, found | {"stages": []})
+    find_stages.run(config)
+    assert files.read_json(path)["stages"] == []  # up to date: nothing is done
+    if changed == "a result":
+        results.save(tmp_path / "llc", 10, sweep.isel(checkpoint=3, drop=True))
+    else:
+        [source] = [path for path in find_stages.SOURCES if path.name == changed]
+        other = tmp_path / changed
+        other.write_bytes(source.read_bytes() + b"# changed\n")
+        sources = [other if path == source else path for path in find_stages.SOURCES]
+        monkeypatch.setattr(find_stages, "SOURCES", sources)
+    find_stages.run(config)
+    assert files.read_json(path)["stages"] != []
