@@ -100,7 +100,17 @@ def render(
 
 
 def results_csv(sweep) -> str:
-    """Returns one line per checkpoint: what has one value there. Floats keep all digits."""
+    """Returns one line per checkpoint: what has one value there. Floats keep all digits.
+
+    Args:
+      sweep: see `render`.
+
+    Returns:
+      CSV with the columns of `LLCEstimate.to_xarray` that have one value per checkpoint and, over
+      the finite chains, empty without one: distance, the mean over draws of the Euclidean distance
+      from the checkpoint; stability, the largest; acceptance, the mean. λ̂ of part k of the loss,
+      counted from 0 if `sweep` names no `part`, is llc_part_k, its error llc_part_k_stderr.
+    """
     frame = _frame(sweep)
     one_line = frame.assign(warnings=frame.warnings.str.replace("\n", " "))
     return one_line.to_csv(lineterminator="\n")
@@ -244,7 +254,17 @@ def _change(stage) -> str:
 def _frame(sweep):
     """Returns a pandas table, indexed by step, of all that has one value per checkpoint."""
     names = [name for name, v in sweep.data_vars.items() if v.dims == ("checkpoint",)]
-    scalars = sweep[names].assign(acceptance=sweep.acceptance.mean("chain"))  # of those measured
+    finite = sweep[["distance", "stability", "acceptance"]].where(sweep.diverged_at < 0)
+    scalars = sweep[names].assign(
+        distance=finite.distance.mean(("chain", "draw"), dtype=np.float64),
+        stability=finite.stability.max("chain"),
+        acceptance=finite.acceptance.mean("chain"),
+    )
+    if "parts" in sweep:
+        for k, name in enumerate(sweep["part"].values):
+            of_part = sweep[["parts", "parts_stderr"]].isel(part=k, drop=True)
+            scalars[f"llc_part_{name}"] = of_part.parts
+            scalars[f"llc_part_{name}_stderr"] = of_part.parts_stderr
     frame = scalars.reset_coords(drop=True).to_dataframe().rename_axis("step")
     texts = ["verdict", "warnings"]
     return frame[[*frame.columns.drop(texts), *texts]]

@@ -40,6 +40,7 @@ def make_sweep(steps=STEPS, *, dead=(), lost=(), num_chains=4, num_draws=40, num
     mean = np.where(count, np.nansum(gaps, 1) / np.maximum(count, 1), np.nan)
     verdict = np.where(count == num_chains, "ok", "some chains diverged")
     number = np.where(count, 0.5, np.nan)
+    chains = np.broadcast_to(np.arange(num_chains, 0, -1.0), shape[:2])
     return xarray.Dataset(
         {
             "llc": ("checkpoint", mean),
@@ -52,6 +53,11 @@ def make_sweep(steps=STEPS, *, dead=(), lost=(), num_chains=4, num_draws=40, num
             },
             "per_chain": (("checkpoint", "chain"), gaps),
             "acceptance": (("checkpoint", "chain"), np.where(finite, 0.9, np.nan)),
+            "stability": (("checkpoint", "chain"), np.where(finite, chains / 10, np.nan)),
+            "distance": (
+                ("checkpoint", "chain", "draw"),
+                np.where(finite, chains, 1e9)[..., None] + np.arange(num_draws) / num_draws,
+            ),
             "diverged_at": (("checkpoint", "chain"), diverged_at),
             "losses": (("checkpoint", "chain", "draw"), losses[..., after]),
             "anchor_losses": (("checkpoint", "chain", "draw"), anchors[..., after]),

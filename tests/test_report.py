@@ -157,8 +157,39 @@ def test_csv_round_trips():
         np.testing.assert_array_equal(values, sweep[name].values)
     assert rows[0]["warnings"] == 'First, "quoted". Second.'
     assert [row["verdict"] for row in rows] == sweep.verdict.values.tolist()
-    assert float(rows[1]["acceptance"]) == pytest.approx(0.9)
-    assert rows[4]["acceptance"] == ""
+    for name in ("acceptance", "stability", "distance"):
+        assert rows[4][name] == ""
+
+
+def read_csv(sweep):
+    return list(csv.DictReader(io.StringIO(report.results_csv(sweep))))
+
+
+def test_csv_holds_means_and_extremes_over_finite_chains():
+    sweep = make_sweep(dead=[1], num_draws=40)
+    sweep["acceptance"] = sweep.acceptance.copy(data=[[0.9, 0.1, 0.7, 0.8]] * 7)
+    sweep["stability"] = sweep.stability.copy(data=[[0.3, 3.0, 0.2, 0.1]] * 7)
+    rows = read_csv(sweep)
+    # Chain c of 4 is 4 - c + draw / 40 away, and chain 1 died at checkpoint 1.
+    for row, distance, stability, acceptance in ((0, 2.5, 3.0, 2.5 / 4), (1, 7 / 3, 0.3, 0.8)):
+        assert float(rows[row]["distance"]) == pytest.approx(distance + 19.5 / 40)
+        assert float(rows[row]["stability"]) == stability
+        assert float(rows[row]["acceptance"]) == pytest.approx(acceptance)
+
+
+def test_csv_holds_the_parts_by_number_or_by_name():
+    sweep = make_sweep()
+    assert not any("part" in name for name in read_csv(sweep)[0])
+    values = np.arange(14.0).reshape(7, 2)
+    sweep = sweep.assign(
+        parts=(("checkpoint", "part"), values), parts_stderr=(("checkpoint", "part"), 100 + values)
+    )
+    for named, names in ((sweep, ("0", "1")), (sweep.assign_coords(part=["x", "y"]), ("x", "y"))):
+        rows = read_csv(named)
+        for k, name in enumerate(names):
+            for i, row in enumerate(rows):
+                assert float(row[f"llc_part_{name}"]) == values[i, k]
+                assert float(row[f"llc_part_{name}_stderr"]) == 100 + values[i, k]
 
 
 def test_names_of_a_foreign_file_system_can_be_written():
