@@ -73,7 +73,7 @@ def render(
         f'<p class="answer">{_text(answer(sweep, stages))}</p>',
         _figure(first, figures[first]),
         "<h2>Stages</h2>",
-        _stages_table(stages),
+        _stages_table(stages, sweep),
         *[
             f"<h2>{_text(words.HEADINGS.get(name, name))}</h2>{_figure(name, figures[name])}"
             for name in rest
@@ -140,19 +140,33 @@ def answer(sweep, stages: Sequence) -> str:
     return " ".join(parts)
 
 
-def _stages_table(stages: Sequence) -> str:
+def _stages_table(stages: Sequence, sweep) -> str:
     if not stages:
         return f"<p>{words.NO_STAGES}</p>"
-    header = ["stage", "from step", "to step", "Δλ̂ ± s.e.", "boundary at its end", "kind"]
+    header = ["stage", "from step", "to step", "Δloss", "Δλ̂ ± s.e.", "boundary at its end", "kind"]
     rows = []
     for i, s in enumerate(stages):
         low, high = s.end_interval
         sure = "> 99.9 %" if s.confidence >= 0.9995 else f"{100 * s.confidence:.1f} %"
         known = math.isfinite(s.confidence)
         boundary = f"{sure}, within {low:,} to {high:,}" if known else "end of training"
-        rows.append([f"{i + 1}", f"{s.start:,}", f"{s.end:,}", _change(s), boundary, s.kind])
-    note = "A boundary is given with its probability and the interval that holds it with 68 %."
-    return _table(header, rows, [False] * len(rows)) + f"<p>{note}</p>"
+        loss = f"{_loss_change(sweep, s):+.4f}".replace("-", draw.MINUS)
+        loss = loss.replace("+nan", "–")
+        span = [f"{s.start:,}", f"{s.end:,}"]
+        rows.append([f"{i + 1}", *span, loss, _change(s), boundary, s.kind])
+    return _table(header, rows, [False] * len(rows)) + f"<p>{words.STAGES}</p>"
+
+
+def _loss_change(sweep, stage) -> float:
+    """Change of the init loss over a stage, linear in log(step + 1) between checkpoints.
+
+    nan where an end of the stage lies beyond the checkpoints of known loss.
+    """
+    steps, losses = np.log1p(sweep.checkpoint.values), sweep.init_loss.values
+    known = np.isfinite(losses)
+    ends = np.log1p([stage.start, stage.end])
+    start, end = np.interp(ends, steps[known], losses[known], left=np.nan, right=np.nan)
+    return end - start
 
 
 def _checkpoints_table(sweep) -> str:

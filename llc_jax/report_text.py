@@ -26,6 +26,12 @@ pre { background: #f4f4f4; padding: 0.7rem; overflow: auto; }
 """
 
 NO_STAGES = "Its curve was not cut into stages."
+STAGES = (
+    "Δloss is the change of the loss on the data set of the estimates, Δλ̂ that of the smooth curve."
+    " A boundary is given with its probability and the interval that holds it with 68 %. The kind"
+    " is by λ̂ alone: a rise is what arXiv:2402.02364 calls type A, a fall type B; flat is a change"
+    " within its error."
+)
 HOW_TO_READ = (
     "λ̂, the local learning coefficient, measures how degenerate the loss is around a checkpoint:"
     " the fewer directions raise the loss, the lower it is. A quadratic minimum in d directions"

@@ -8,6 +8,7 @@ import html
 import html.parser
 import io
 import os
+import re
 
 import numpy as np
 import pytest
@@ -81,6 +82,21 @@ def test_page_holds_numbers_settings_and_command():
         "python -m experiments.quickstart --seed=0",
     ):  # fmt: skip
         assert expected in text
+
+
+def test_stages_come_with_the_change_of_the_loss_between_checkpoints():
+    sweep = make_sweep()
+    # Linear in log(step + 1) but for the last checkpoint, and unknown at one between.
+    losses = 4.0 - 0.5 * np.log1p(sweep.checkpoint.values)
+    losses[2], losses[-1] = np.nan, 5.0
+    sweep["init_loss"] = ("checkpoint", losses)
+    ends = [(0, 19), (19, 300), (300, 1000), (1000, 1001)]
+    stages = [STAGES[0]._replace(start=start, end=end) for start, end in ends]
+    changes = [-0.5 * np.log(20), -0.5 * np.log(301 / 20), 1.0 + 0.5 * np.log(301)]
+    expected = [f"{change:+.4f}".replace("-", "−") for change in changes]
+    table = render(sweep, stages).split("<h2>Stages</h2>")[1].split("</table>")[0]
+    header, *rows = (re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in table.split("</tr>")[:-1])
+    assert [row[header.index("Δloss")] for row in rows] == [*expected, "–"]
 
 
 def test_answer_counts_stages_and_warnings():
