@@ -10,24 +10,34 @@ from numpy.typing import ArrayLike
 
 from llc_jax import figures
 
+_DISTANCES = {
+    "to_ridge": "squared distance\nto ridge",
+    "to_dmmse": "squared distance to\nfinite-prior optimum",
+}
+
 
 def behavior_figure(found, *, stages: Sequence = ()) -> Figure:
-    """Draws losses, shrinkage, distance to ridge and learning in context.
+    """Draws losses, shrinkage, distances to optimal predictors and learning in context.
 
     Args:
-      found: `xarray.Dataset` of `metrics.datasets.dataset` with a leading dimension checkpoint.
+      found: `xarray.Dataset` of `metrics.datasets.dataset` with a leading dimension checkpoint;
+        `to_dmmse`, which only a finite task prior has, gets a panel of its own.
       stages: of `llc_jax.find_stages`; may be empty.
     """
-    figure = figures.InlineFigure(figsize=(9.6, 11), layout="constrained")
-    axes = figure.subplots(4, sharex=True)
+    distances = {name: label for name, label in _DISTANCES.items() if name in found}
+    count = 4 + len(distances)
+    figure = figures.InlineFigure(figsize=(9.6, 2.75 * count), layout="constrained")
+    axes = figure.subplots(count, sharex=True)
     steps = found.checkpoint.values
     per_token(axes[0], steps, found.loss.values, floors=found.ridge_loss.values[-1])
     axes[0].set_ylabel("loss at\nexample k")
     per_token(axes[1], steps, found.prediction_square.values)
     axes[1].set(ylabel="mean squared\nprediction", yscale="log")
-    per_token(axes[2], steps, found.to_ridge.values)
-    axes[2].set(ylabel="squared distance\nto ridge", yscale="log")
-    icl_over_steps(axes[3], found)
+    for ax, (name, label) in zip(axes[2:-2], distances.items(), strict=True):
+        per_token(ax, steps, found[name].values)
+        ax.set(ylabel=label, yscale="log")
+    pairs_over_steps(axes[-2], found)
+    icl_over_steps(axes[-1], found)
     finish(figure, axes, steps, stages)
     return figure
 
@@ -84,6 +94,18 @@ def slopes_figure(curves, *, stages: Sequence = ()) -> Figure:
     return figure
 
 
+def pairs_over_steps(ax: Axes, found) -> Axes:
+    """Draws loss of a late example minus that of an early one, for each pair measured."""
+    steps = found.checkpoint.values
+    rows = {str(pair): i for i, pair in enumerate(found.pair.values)}  # short sequences repeat one
+    colors = (figures.INK, figures.BLUE, figures.ORANGE)
+    for (pair, i), color in zip(rows.items(), colors, strict=False):
+        label = "k = {} minus {}".format(*pair.split("_"))
+        _banded(ax, steps, found.icl.values[:, i], found.icl_stderr.values[:, i], color, label)
+    ax.axhline(0.0, color="0.5", lw=0.8)
+    return figures.dress(ax, "difference of losses\nof two examples")
+
+
 def icl_over_steps(ax: Axes, found) -> Axes:
     """Draws loss of the last example minus that of the first, in and out of distribution.
 
@@ -91,9 +113,8 @@ def icl_over_steps(ax: Axes, found) -> Axes:
     (arXiv 2402.02364).
     """
     steps = found.checkpoint.values
-    score, error = found.icl.values[:, 0], found.icl_stderr.values[:, 0]
-    ax.plot(steps, score, color=figures.INK, lw=1.5, label="as trained ± 1 s.e.")
-    ax.fill_between(steps, score - error, score + error, color=figures.INK, alpha=0.25, lw=0)
+    last = found.icl.values[:, 0], found.icl_stderr.values[:, 0]
+    _banded(ax, steps, *last, figures.INK, "as trained")
     colors = (figures.SKY, figures.GREEN, figures.ORANGE, figures.PURPLE)
     for i, (gain, color) in enumerate(zip(found.gain.values, colors, strict=False)):
         if gain > 20:
@@ -102,8 +123,7 @@ def icl_over_steps(ax: Axes, found) -> Axes:
         ax.plot(steps, (far[:, -1] - far[:, 0]) / gain, color=color, lw=1.1,
                 label=f"inputs × {gain:g}, over {gain:g}")  # fmt: skip
     ax.axhline(0.0, color="0.5", lw=0.8)
-    ax.set_ylabel("loss at last minus\nfirst example")
-    return figures.dress(ax)
+    return figures.dress(ax, "loss at last minus\nfirst example")
 
 
 def per_token(
@@ -148,3 +168,10 @@ def finish(figure: Figure, axes: Sequence[Axes], steps: ArrayLike, stages: Seque
             if high < 100 * low:
                 ax.yaxis.set_minor_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False))
     figure.align_ylabels(axes)
+
+
+def _banded(
+    ax: Axes, steps: ArrayLike, values: np.ndarray, error: np.ndarray, color: str, label: str
+) -> None:
+    ax.plot(steps, values, color=color, lw=1.5, label=f"{label} ± 1 s.e.")
+    ax.fill_between(steps, values - error, values + error, color=color, alpha=0.25, lw=0)

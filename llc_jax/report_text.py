@@ -79,8 +79,9 @@ CAPTIONS = {
     " an earlier occurrence of the word, of which there is one, or a whole block of them.",
     "behavior": "What the model does. Loss at each example, with that of the optimal predictor"
     " (ridge) dotted; the mean square of the predictions, small where the model predicts the mean"
-    " of the task prior, zero; their distance to those of ridge; and how much lower the loss at the"
-    " last example is than at the first, for sequences as trained and for larger inputs. All"
+    " of the task prior, zero; their distance to those of ridge, and where tasks come from a finite"
+    " set to those of the optimal predictor for it; how much lower the loss is at a late example"
+    " than at an early one; and the same for the last and the first, for larger inputs. All"
     " checkpoints see the same sequences: others would shift whole curves by about one standard"
     " error.",
     "structure": "How the model is built: norm of all weights; channels that the layer norms have"
