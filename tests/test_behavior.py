@@ -12,6 +12,7 @@ from llc_jax.data.regression import (
     one_sample_predictions,
     ridge_predictions,
     sample_batch,
+    tasks,
 )
 from llc_jax.losses import RegressionTokenLosses
 from llc_jax.mapping import map_checkpoints
@@ -112,8 +113,21 @@ def test_one_sample_is_ridge_on_one_pair():
 @pytest.mark.slow
 def test_a_finite_prior_adds_its_optimal_predictor(params):
     task = RegressionTask(dim=3, num_examples=4, num_tasks=5)
-    found = measured(params, regression.evaluation_set(jax.random.key(0), task, 16))
-    assert found["to_dmmse"].shape == (4,)
+    sequences = regression.evaluation_set(jax.random.key(0), task, 16)
+    x, y, t = (np.asarray(a, np.float64) for a in (sequences["x"], sequences["y"], tasks(task)))
+    outputs = np.einsum("bkd,md->bkm", x, t)
+    optimal = np.empty((16, 4))
+    for k in range(4):  # Bayes' rule over the 5 tasks, given the pairs before k
+        squares = (y[:, :k, None] - outputs[:, :k]) ** 2
+        likelihood = np.exp(-squares.sum(axis=1) / (2 * task.noise_variance))
+        posterior = likelihood / likelihood.sum(axis=1, keepdims=True)
+        optimal[:, k] = (posterior * outputs[:, k]).sum(axis=1)
+    guess = np.asarray(predictions(MODEL, params, sequences), np.float64)
+    distance = (guess - optimal) ** 2
+    found = measured(params, sequences)
+    np.testing.assert_allclose(found["to_dmmse"], distance.mean(axis=0), rtol=1e-3)
+    spread = distance.std(axis=0) / math.sqrt(16)
+    np.testing.assert_allclose(found["to_dmmse_stderr"], spread, rtol=1e-3)
     # With one task only, the optimal predictor knows it.
     alone = regression.evaluation_set(
         jax.random.key(0), RegressionTask(dim=3, num_examples=4, num_tasks=1), 16
@@ -150,7 +164,14 @@ def test_standard_errors_are_those_of_the_mean(params, sequences):
     np.testing.assert_allclose(found["loss_stderr"], each.std(axis=0) / math.sqrt(48), rtol=1e-4)
     spread = (each[:, 3] - each[:, 0]).std() / math.sqrt(48)
     assert found["icl_stderr"][0] == pytest.approx(spread, rel=1e-4)
-    assert found["far_inputs_loss_stderr"].shape == (2, 4)
+    clean = np.einsum("bkd,bd->bk", sequences["x"], sequences["t"])
+    for row, gain in enumerate(GAINS):
+        y = gain * clean + (sequences["y"] - clean)
+        for name, x in (("inputs", gain * sequences["x"]), ("tasks", sequences["x"])):
+            guess = predictions(MODEL, params, {"x": x, "y": y})
+            far = np.asarray((guess - y) ** 2, np.float64)
+            spread = far.std(axis=0) / math.sqrt(48)
+            np.testing.assert_allclose(found[f"far_{name}_loss_stderr"][row], spread, rtol=1e-3)
 
 
 # --- attention --------------------------------------------------------------------------------

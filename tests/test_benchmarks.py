@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +153,14 @@ def test_fill_leaves_the_least_to_do():
         assert tpu_aot.fill(7, 4, four) == 1  # (1, 4): seven chunks of one lane
 
 
-def test_the_cost_of_a_loop_is_found_out():
-    assert isinstance(tpu_aot.counts_loop_bodies_once(parallel.make_mesh(1, 1)), bool)
+@pytest.mark.parametrize("once", [True, False])
+def test_the_cost_of_a_loop_is_found_out(monkeypatch, once):
+    def cost(program):
+        [trips] = re.findall(r'"known_trip_count":{"n":"(\d+)"}', program.as_text())
+        return {"flops": 2 * 256**3 * (1 if once else int(trips)) + 1000}
+
+    monkeypatch.setattr(tpu_aot, "cost", cost)
+    assert tpu_aot.counts_loop_bodies_once(parallel.make_mesh(1, 1)) is once
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="run by `make tpu-aot`")
