@@ -5,8 +5,9 @@ import os
 import pathlib
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import tqdm
 
@@ -45,6 +46,10 @@ NOT_PART_OF_A_RESULT = frozenset(
 )  # fmt: skip
 
 
+# What is told in one line; anything else is a mistake of ours and shows its traceback.
+EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError)
+
+
 def identity(config: Any, without: Iterable[str] = ()) -> dict[str, Any]:
     """The part of a Config that determines the result, further fields left out."""
     left_out = NOT_PART_OF_A_RESULT.union(without)
@@ -79,8 +84,9 @@ def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "qu
             config = dataclasses.replace(presets[flags.FLAGS.preset], **given)
             start_devices(config)
             run(config)
-        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-            if flags.FLAGS.debug:
+        except (Exception, KeyboardInterrupt) as error:
+            if flags.FLAGS.debug or not isinstance(error, EXPECTED):
+                leave_at_once(traceback.format_exc())
                 raise
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             if "RESOURCE_EXHAUSTED" in str(error):
@@ -89,20 +95,21 @@ def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "qu
                     " --checkpoint_batch, --setting_batch, --micro_batch, --probe_batch and"
                     " --batch_size there is.\n"
                 )
-            leave(1)
+            leave_at_once()
+            sys.exit(1)
 
     app.run(start)
 
 
-def leave(status: int) -> NoReturn:
-    """Exits; on a pod at once, for the usual exit waits for processes that may wait for this."""
+def leave_at_once(last_words: str = "") -> None:
+    """On a pod: exits with 1; the usual way would wait for processes that may wait for this one."""
     import jax
 
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
+        sys.stderr.write(last_words)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        os._exit(1)
 
 
 def start_devices(config: Any) -> None:

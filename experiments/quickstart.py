@@ -50,13 +50,21 @@ PRESETS = {name: configs(name) for name in train_regression.PRESETS}
 
 
 def run(config: Config) -> None:
-    """Runs the phases in order; each starts, continues or finds its work done."""
+    """Runs the phases in order; each starts, continues or finds its work done.
+
+    On a pod process 0 does alone what follows the first phase that is no `cli.Pod`.
+    """
+    from llc_jax import parallel
+
     for number, (name, module) in enumerate(PHASES.items(), 1):
         settings = dataclasses.replace(module.PRESETS[config.preset], workdir=config.workdir)
         if module is train_regression:
             settings = dataclasses.replace(settings, seed=config.seed)
-        if cli.is_main() or issubclass(module.Config, cli.Pod):
-            module.run(settings, f"[{number}/{len(PHASES)}] {name}")
+        if not issubclass(module.Config, cli.Pod):
+            parallel.leave_pod()
+            if not cli.is_main():
+                return
+        module.run(settings, f"[{number}/{len(PHASES)}] {name}")
     cli.say(f"open {config.workdir}/report.html")
 
 

@@ -98,7 +98,7 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
 
     1. A checkpoint counts if all its hashes hold; a damaged one is set aside when it is redone.
     2. Training continues from the newest state with no scheduled checkpoint missing before it.
-    3. Steps after that are repeated; they come out bitwise the same.
+    3. Steps after that are repeated; on the same devices they come out bitwise the same.
 
     With `--multihost` the batch is shared by the devices of all processes; all read the workdir,
     and process 0 decides where to go on from and writes.
@@ -117,6 +117,12 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
     folder = pathlib.Path(config.workdir)
     stops = schedule(config)
     with workdir.lock(folder, "train" if cli.is_main() else f"train-{jax.process_index()}"):
+        mesh = parallel.pod_mesh(config.batch_size)  # refuses before anything is written
+        if mesh.size < jax.device_count():
+            cli.say(
+                f"{phase}: {mesh.size} of {jax.device_count()} devices share the batch of"
+                f" {config.batch_size}; a multiple of {jax.device_count()} would use all"
+            )
         if cli.is_main():
             workdir.settle(folder / "train.json", cli.identity(config), facts)
         sources = [
@@ -129,7 +135,9 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
         if not missing:
             cli.say(f"{phase}: all {config.num_steps} steps are done")
             return
-        init, loss_fn, batch_fn, optimizer, tokens_per_step = recipe()
+        made = recipe() if cli.is_main() else None
+        parallel.from_process_zero(np.zeros(0, np.int32))  # the others read what it has prepared
+        init, loss_fn, batch_fn, optimizer, tokens_per_step = made or recipe()
         init_key, data_key = jax.random.split(jax.random.key(config.seed))
         state = train.init_state(init(init_key), optimizer)
         if source >= 0:
@@ -142,7 +150,6 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
                 kept.save(0, state.params, state.opt_state)
 
         def steps(flag):
-            mesh = parallel.data_mesh(config.batch_size)
             before, clock = first, time.monotonic()
             for step, state_, metrics in train.fit(
                 data_key, state, loss_fn=loss_fn, batch_fn=batch_fn, optimizer=optimizer,

@@ -41,10 +41,14 @@ def make_mesh(num_checkpoints: int, num_chains: int, devices: Sequence[Any] | No
 
 
 def data_mesh(batch_size: int) -> Mesh:
-    """A one-axis mesh ("batch") over as many devices as divide the batch, of all processes.
+    """A one-axis mesh ("batch") over as many of this process's devices as divide the batch."""
+    return _batch_mesh(batch_size, [jax.process_index()])
 
-    Processes come in their order and each gives equally many devices, so that every one holds its
-    part of a batch in one piece.
+
+def pod_mesh(batch_size: int) -> Mesh:
+    """The same over the devices of all processes, equally many of each, processes in their order.
+
+    Every process then holds its part of a batch in one piece.
 
     Raises:
       ValueError: if the batch cannot be shared equally by the processes.
@@ -54,9 +58,12 @@ def data_mesh(batch_size: int) -> Mesh:
         raise ValueError(
             f"batch_size={batch_size} is not a multiple of the {count} processes: give one that is."
         )
-    share = batch_size // count
+    return _batch_mesh(batch_size // count, range(count))
+
+
+def _batch_mesh(share: int, processes: Sequence[int]) -> Mesh:
     each = max(d for d in range(1, jax.local_device_count() + 1) if share % d == 0)
-    devices = [jax.local_devices(process_index=p)[:each] for p in range(count)]
+    devices = [jax.local_devices(process_index=p)[:each] for p in processes]
     return Mesh(np.concatenate(devices), ("batch",), axis_types=(AxisType.Auto,))
 
 
@@ -123,12 +130,22 @@ def start_distributed(
             f"coordinator={coordinator!r}, num_processes={num_processes}, process_id={process_id}:"
             " give all three, or none where they are detected (TPU, SLURM)."
         )
-    # At the end the others wait for the one that still works alone, on a report for example.
-    options: dict[str, Any] = {"shutdown_timeout_seconds": 24 * 3600}
+    # Its service would take SIGTERM away from whoever has not asked for it yet, see `stop_signals`.
+    jax.config.update("jax_enable_preemption_service", False)
+    options: dict[str, Any] = {}
     if coordinator is not None and coordinator.startswith(("127.0.0.1:", "localhost:")):
         # Processes of one machine: do not listen to the outside.
         options["coordinator_bind_address"] = coordinator
     jax.distributed.initialize(coordinator, num_processes, process_id, **options)
+
+
+def leave_pod() -> None:
+    """Ends the company; every process calls it at the same place, then works or exits alone.
+
+    One that exits otherwise waits for the others, five minutes at most, and then takes them along.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 class StopRequested(SystemExit):

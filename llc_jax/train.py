@@ -176,7 +176,7 @@ def fit(
       block: largest number of steps between two yields.
       mesh: shard the batch over all axes of this mesh and replicate the rest. The mesh needs
         `Auto` axes and a size that divides B. Results differ from one device in the last bits.
-        It may span the processes of a pod, see `parallel.data_mesh`; all must call this, alike.
+        It may span the processes of a pod, see `parallel.pod_mesh`; all must call this, alike.
 
     Returns:
       An iterator of (step, state, metrics) at the end of each block, where `step` is
@@ -320,9 +320,15 @@ def _check_fit_arguments(rng_key, state, loss_fn, batch_fn, stops, block, mesh):
     size = checks.data_length(batch)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
     checks.losses(loss_fn, shapes, batch, size)
+    processes = 1 if mesh is None else len({d.process_index for d in mesh.devices.flat})
+    if _on_host(batch_fn) and (parts := getattr(batch_fn, "process_count", 1)) != processes:
+        raise ValueError(
+            f"batch_fn has parts of batches for process_count={parts} processes and the mesh is"
+            f" over {processes}: give each process its own part, and a mesh over all."
+        )
     if mesh is not None:
         # Batches from the host are a process's part, those of `batch_fn` are whole.
-        devices = len(mesh.local_devices) if _on_host(batch_fn) else mesh.size
+        devices = mesh.size // processes if _on_host(batch_fn) else mesh.size
         if size % devices:
             raise ValueError(
                 f"batch size {size} is not a multiple of the {devices} devices of the "

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from llc_jax import train
+from llc_jax import parallel, train
+from llc_jax.data.batches import TokenBatches
 from llc_jax.data.regression import RegressionBatches, RegressionTask
 from llc_jax.losses import RegressionLoss
 from llc_jax.models.regression import RegressionTransformer, init_params
@@ -367,3 +368,16 @@ def test_training_learns_in_context():
         block=300,
     )
     assert 1.6 < float(metrics["loss"]) < 2.6
+
+
+@pytest.mark.parametrize("mesh", [None, parallel.data_mesh(1)], ids=["no mesh", "mesh"])
+def test_parts_of_batches_need_a_mesh_over_as_many_processes(mesh):
+    tokens = np.zeros((8, 4), np.uint16)
+    batches = TokenBatches(tokens, 4, seed=0, process_index=0, process_count=2)
+    state = train.init_state({"w": jnp.zeros(4)}, train.adamw(1e-3))
+    with pytest.raises(ValueError, match=r"process_count=2 processes and the mesh is over 1"):
+        train.fit(
+            jax.random.key(0), state, loss_fn=lambda p, b: b["tokens"].astype(float) @ p["w"],
+            batch_fn=batches,
+            optimizer=train.adamw(1e-3), stops=[1], mesh=mesh,
+        )  # fmt: skip
