@@ -2,17 +2,18 @@
 
     python -m experiments.compare_reference --workdir=runs/paper --reference=PATH
 
-PATH is a folder with `regression_llc.csv`, `regression_hessian.csv` and `regression_behavior.csv`:
-columns `step`, `seed` and the recorded values, at least two seeds (the authors of arXiv 2402.02364
-published theirs as result files of their code). Writes `comparison/deviations.csv`, `summary.md`
-and `comparison.png`. The deviation of a value is its distance from the mean of the seeds in units
-of half their band, which is a root mean square over `window` checkpoints to either side: curves of
-two seeds cross, and at a crossing the band has no width. The recorded seeds were measured on the
-same sequences and ours on others, so the standard error of such a set, theirs and ours, is added
-to the band in squares; so is that of our estimates. Mean squared prediction and the losses out of
-distribution were recorded on sequences with noise of standard deviation 0.125, not variance, and
-so was the curvature: ours are those of the training task, and differ for that reason too (for ridge
-on ours: 2.46 against 2.31 of mean squared prediction).
+PATH is a folder with the `regression_*.csv` that `experiments.reference_curves` reads, of two seeds
+at least. Writes `comparison/deviations.csv`, `summary.md` and `comparison.png`. The deviation of a
+value is its distance from the mean of the seeds in units of half their band, which is a root mean
+square over `window` checkpoints to either side: curves of two seeds cross, and at a crossing the
+band has no width. The recorded seeds were measured on the same sequences and ours on others, so the
+standard error of such a set, theirs and ours, is added to the band in squares; so is that of our
+estimates, but not that of the data set all chains of a sweep share: nβ times the standard deviation
+of y² over √n, 4 per example at the published nβ and 16,384 sequences, which shows in λ̂ by example.
+Mean squared prediction and the losses out of distribution were recorded on sequences with noise of
+standard deviation 0.125, not variance: without `--quiet_name` ours are those of the training task,
+and differ for that reason too (for ridge on ours: 2.46 against 2.31 of mean squared prediction). So
+was the curvature, and ours is always that of the training task.
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ import pathlib
 
 import numpy as np
 
-from experiments import cli, estimate_llc, measure_curvature, measuring, train_regression
+from experiments import cli, reference_curves, train_regression
 from experiments.cli import option
-from llc_jax.files import read_json
+from experiments.reference_curves import QUANTITIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,13 @@ class Config:
     workdir: str = option("runs/paper", "Folder of the training run.")
     preset: str = option("paper", "Name of the preset.")
     name: str = option("llc", "Folder of the estimates within the workdir.")
+    curvature_name: str = option("", "Folder of the estimates with the curvature; empty: name.")
+    quiet_name: str = option("", "Folder of the behaviour on sequences with the recorded noise.")
     reference: str = option("", "Folder of the recorded curves.")
     recorded_sequences: int = option(8192, "Sequences behind the recorded behaviour.")
     window: int = option(5, "Checkpoints to either side over which the band is averaged.")
     first_step: int = option(10_000, "Where the summary begins: plateaus, not the steep descent.")
+    last_step: int = option(0, "Where a second table of the summary ends; 0 for no such table.")
 
 
 PRESETS = {
@@ -44,46 +48,11 @@ PRESETS = {
     for name, training in train_regression.PRESETS.items()
 }
 
-TOKENS = 8
-# name of the quantity -> (file, our column, their column or their columns' difference)
-QUANTITIES = {
-    "loss": ("behavior", "mean_loss", "pretrain/mse"),
-    "loss at example 1": ("behavior", "loss_1", "pretrain/mse/token/0"),
-    "loss at example 8": ("behavior", "loss_8", "pretrain/mse/token/7"),
-    "ICL, 8 - 1": ("behavior", "icl_8_1", ("pretrain/mse/token/7", "pretrain/mse/token/0")),
-    "ICL, 4 - 1": ("behavior", "icl_4_1", ("pretrain/mse/token/3", "pretrain/mse/token/0")),
-    "ICL, 8 - 4": ("behavior", "icl_8_4", ("pretrain/mse/token/7", "pretrain/mse/token/3")),
-    "distance to ridge": ("behavior", "to_ridge", "pretrain/delta_ridge"),
-    "mean squared prediction": ("behavior", "prediction_square", "loss_0/mean"),
-    "loss, inputs x 3": ("behavior", "far_inputs_loss_g3", "ood_a_inputs_loss/mean"),
-    "loss, inputs x 10": ("behavior", "far_inputs_loss_g10", "ood_c_inputs_loss/mean"),
-    "loss, tasks x 3": ("behavior", "far_tasks_loss_g3", "ood_a_tasks_loss/mean"),
-    "weight norm": ("behavior", "weight_norm", "weight/norm"),
-    "Hessian trace": ("hessian", "trace", "trace_mean"),
-    "largest eigenvalue": ("hessian", "largest_1", "eig1"),
-    "LLC": ("llc", "llc", "llc_mean"),
-}
 STAGED = ("LLC", "Hessian trace", "largest eigenvalue")
-RECORDED_CHAINS = 10  # behind each recorded λ̂, whose file gives the spread over them
-LOG = {"distance to ridge", "mean squared prediction", "Hessian trace", "largest eigenvalue"}
-
-
-def recorded(folder: pathlib.Path, file: str, columns) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (steps [T], values [seed, T]) of a recorded curve, or of the difference of two."""
-    import pandas
-
-    path = folder / f"regression_{file}.csv"
-    if not path.exists():
-        raise ValueError(f"reference={folder}: {path.name} is not there; give the folder with it.")
-    frame = pandas.read_csv(path)
-    names = (columns,) if isinstance(columns, str) else columns
-    if missing := {"step", "seed", *names} - set(frame.columns):
-        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}.")
-    curves = [frame.pivot(index="seed", columns="step", values=name) for name in names]
-    values = curves[0] if len(curves) == 1 else curves[0] - curves[1]
-    if len(values) < 2:
-        raise ValueError(f"{path} has {len(values)} seed: a band takes two at least.")
-    return values.columns.to_numpy(), values.to_numpy()
+LOG = {
+    "distance to ridge", "mean squared prediction", "Hessian trace", "largest eigenvalue",
+    "token embedding, singular value", "position embedding, singular value",
+}  # fmt: skip
 
 
 def deviations(
@@ -119,43 +88,6 @@ def deviations(
         return mean, half, (values - mean) / half
 
 
-def ours(config: Config) -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Our tables: file -> (steps, {column: values}); those that are missing are left out."""
-    import pandas
-
-    from llc_jax.results import finished_steps, load_sweep
-
-    found = {}
-    path = measuring.folder_of(config) / "behavior.csv"
-    if path.exists():
-        frame = pandas.read_csv(path, index_col="step")
-        if f"loss_{TOKENS}" not in frame or f"loss_{TOKENS + 1}" in frame:
-            raise ValueError(f"{path} is not of {TOKENS} examples, as the recorded curves are.")
-        names = ("to_ridge", "prediction_square", "far_inputs_loss_g3", "far_inputs_loss_g10",
-                 "far_tasks_loss_g3")  # fmt: skip
-        # Errors at the examples of a sequence go together: their mean is the safe side.
-        means = {
-            name + end: frame[[f"{name}_{k + 1}{end}" for k in range(TOKENS)]].mean(axis=1)
-            for name in names
-            for end in ("", "_stderr")
-        }
-        found["behavior"] = pandas.concat([frame, pandas.DataFrame(means)], axis=1)
-    path = measure_curvature.folder_of(config) / "curvature.csv"
-    if path.exists():
-        found["hessian"] = pandas.read_csv(path, index_col="step")
-    if finished_steps(estimate_llc.results_folder(config)):
-        sweep = load_sweep(estimate_llc.results_folder(config))
-        found["llc"] = pandas.DataFrame(
-            {"llc": sweep.llc.values, "llc_stderr": sweep.stderr.values},
-            index=sweep.checkpoint.values,
-        )
-    if not found:
-        raise ValueError(
-            f"{config.workdir} has no results: run experiments.measure_behavior first."
-        )
-    return found
-
-
 def run(config: Config, phase: str = "comparison") -> None:
     """Writes the comparison."""
     import pandas
@@ -165,17 +97,22 @@ def run(config: Config, phase: str = "comparison") -> None:
 
     if not config.reference:
         raise ValueError("reference='': give the folder of the recorded curves.")
-    reference, found = pathlib.Path(config.reference), ours(config)
+    if config.last_step and config.last_step <= config.first_step:
+        raise ValueError(
+            f"last_step={config.last_step} is not after first_step={config.first_step}; give a"
+            " later one, or 0 for none."
+        )
+    reference, found = pathlib.Path(config.reference), reference_curves.ours(config)
     rows, curves = [], {}
-    for name, (file, column, columns) in QUANTITIES.items():
-        if file not in found:
+    for name, quantity in QUANTITIES.items():
+        source, column = found.get(quantity.source), quantity.column
+        if source is None or column not in source.frame:
             continue
-        frame = found[file]
-        their_steps, theirs = recorded(reference, file, columns)
-        steps, values = frame.index.to_numpy(), frame[column].to_numpy()
-        known = f"{column}_stderr" in frame
-        error = frame[f"{column}_stderr"].to_numpy() if known else np.zeros(steps.size)
-        both = error * scale(config, file, column)
+        their_steps, theirs = reference_curves.recorded(reference, quantity)
+        steps, values = source.frame.index.to_numpy(), source.frame[column].to_numpy()
+        known = f"{column}_stderr" in source.frame
+        error = source.frame[f"{column}_stderr"].to_numpy() if known else np.zeros(steps.size)
+        both = error * source.error_scale(column, config.recorded_sequences)
         mean, half, deviation = deviations(steps, values, both, their_steps, theirs, config.window)
         curves[name] = (steps, values, error, their_steps, theirs)
         rows += [
@@ -187,33 +124,35 @@ def run(config: Config, phase: str = "comparison") -> None:
     folder = pathlib.Path(config.workdir) / "comparison"
     line = cli.command("compare_reference", config.preset, dataclasses.replace(
         config, reference="PATH"), PRESETS[config.preset])  # fmt: skip
-    text = f"`{line}`\n\n{summary(table, config.first_step)}\n{boundaries(curves, reference)}"
+    ranges = [0, config.last_step] if config.last_step else [0]
+    tables = [summary(table, config.first_step, last) for last in ranges]
+    text = "\n".join([f"`{line}`\n", *tables, boundaries(curves, reference)])
     write_atomic(folder / "deviations.csv", table.to_csv(index=False, float_format="%.6g"))
     write_atomic(folder / "summary.md", text)
-    write_atomic(folder / "comparison.png", png(figure(curves)))
+    write_atomic(folder / "comparison.png", png(figure(curves), dpi=120))
     cli.say(f"{text}{phase}: wrote {folder}/summary.md, deviations.csv, comparison.png")
 
 
-def scale(config: Config, file: str, column: str) -> float:
-    """What our standard error is to be multiplied by to be that of the difference to theirs."""
-    if file != "behavior":
-        return 1.0
-    measured = read_json(measuring.folder_of(config) / "config.json")["config"]
-    size = measured["num_far" if column.startswith("far_") else "num_sequences"]
-    return math.sqrt(1 + size / config.recorded_sequences)
+def summary(table, first_step: int, last_step: int = 0) -> str:
+    """Per quantity: how far from the recorded band, from `first_step` to `last_step`; 0: the end.
 
-
-def summary(table, first_step: int) -> str:
-    """Per quantity: how far from the recorded band, from `first_step` on."""
+    Args:
+      table: pandas DataFrame of `deviations.csv`.
+      first_step: included.
+      last_step: included.
+    """
+    kept = (table.step >= first_step) & table.deviation.notna()
+    where = f"From step {first_step:,} on"
+    if last_step:
+        kept &= table.step <= last_step
+        where = f"From step {first_step:,} to {last_step:,}"
     lines = [
-        f"From step {first_step:,} on, deviation from the mean of the recorded seeds in half-widths"
-        " of their band:\n",
+        f"{where}, deviation from the mean of the recorded seeds in half-widths of their band:\n",
         "| quantity | checkpoints | median deviation | median of its size | share within 2 |"
         " largest relative difference |",
         "|---|---|---|---|---|---|",
     ]
-    late = table[(table.step >= first_step) & table.deviation.notna()]
-    for name, part in late.groupby("quantity", sort=False):
+    for name, part in table[kept].groupby("quantity", sort=False):
         size = part.deviation.abs()
         relative = (part.ours / part.recorded - 1).abs().max()
         lines.append(
@@ -227,7 +166,7 @@ def boundaries(curves, reference: pathlib.Path) -> str:
     """What the stage finder says, unaided, of our curves and of each recorded seed."""
     from llc_jax.stages import find_stages
 
-    lines = ["| curve | boundaries found (68 % interval) |", "|---|---|"]
+    lines = ["| curve | checkpoints | boundaries found (68 % interval) |", "|---|---|---|"]
 
     def add(label, steps, values, error=None):
         stages = find_stages(steps, values, error)
@@ -235,48 +174,68 @@ def boundaries(curves, reference: pathlib.Path) -> str:
             f"{s.end:,} ({s.end_interval[0]:,} to {s.end_interval[1]:,}) after a {s.kind}"
             for s in stages[:-1]
         ]
-        lines.append(f"| {label} | {'; '.join(ends) or 'none'} |")
+        lines.append(f"| {label} | {len(steps)} | {'; '.join(ends) or 'none'} |")
 
     for name in STAGED:
-        file, _, column = QUANTITIES[name]
+        quantity = QUANTITIES[name]
         if name in curves:
             steps, values, error, *_ = curves[name]
             if steps.size >= 4:
                 add(f"{name}, ours", steps, values, error if np.any(error > 0) else None)
-        steps, theirs = recorded(reference, file, column)
+        steps, theirs = reference_curves.recorded(reference, quantity)
         errors = [None] * len(theirs)
         if name == "LLC":
-            _, spread = recorded(reference, file, "llc_std_over_chains")
-            errors = spread / math.sqrt(RECORDED_CHAINS)
+            quantity = quantity._replace(theirs="llc_std_over_chains")
+            _, spread = reference_curves.recorded(reference, quantity)
+            errors = spread / math.sqrt(reference_curves.RECORDED_CHAINS)
         for number, (curve, error) in enumerate(zip(theirs, errors, strict=True), 1):
             add(f"{name}, recorded run {number}", steps, curve, error)
     return "\n".join(lines) + "\n"
 
 
 def figure(curves):
-    """A panel per quantity: recorded seeds in grey, ours in colour."""
+    """A panel per quantity, or per family of them: recorded seeds in grey, ours in colour."""
+    from matplotlib import ticker
+    from matplotlib.colors import to_rgba
+
     from llc_jax import figures
 
-    columns = 3
-    rows = -(-len(curves) // columns)
-    fig = figures.InlineFigure(figsize=(12, 2.7 * rows), layout="constrained")
+    panels = {}
+    for name, curve in curves.items():
+        family, _, member = name.partition(": ")
+        panels.setdefault(family, {})[member] = curve
+    columns = 4
+    rows = -(-len(panels) // columns)
+    fig = figures.InlineFigure(figsize=(13, 2.4 * rows), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, sharex=True)
-    for ax, (name, (steps, values, error, their_steps, theirs)) in zip(
-        axes.flat, curves.items(), strict=False
-    ):
-        for i, curve in enumerate(theirs):
-            ax.plot(their_steps, curve, color="0.6", lw=1.2, label="_" if i else "recorded seeds")
-        dots = {"fmt": "o", "ms": 2.5, "color": figures.BLUE, "elinewidth": 0.8}
-        ax.errorbar(steps, values, error, label="this run", **dots)
+    for ax, (name, members) in zip(axes.flat, panels.items(), strict=False):
+        single = len(members) == 1
+        colors = [figures.BLUE] if single else figures.shades(len(members))
+        for (member, curve), color in zip(members.items(), colors, strict=True):
+            steps, values, error, their_steps, theirs = curve
+            for i, seed in enumerate(theirs):
+                label = "_" if i or not single else "recorded seeds"
+                ax.plot(their_steps, seed, color="0.45", lw=0.8, label=label, zorder=3)
+            ax.errorbar(
+                steps, values, error, fmt="o", ms=2, color=color, elinewidth=0.6,
+                ecolor=to_rgba(color, 0.3), label=member or "this run",
+            )  # fmt: skip
         if name in LOG:
             ax.set_yscale("log")
-        ax.set_title(name, size=10)
+            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+        ax.set_title(name, size=9)
         figures.dress(ax)
         figures.log_step_axis(ax, 0, their_steps.max())
         ax.set_xlabel("")
-    for ax in list(axes.flat)[len(curves) :]:
+        ax.tick_params(labelsize=8)
+        if not single or ax is axes[0, 0]:
+            ax.legend(frameon=False, fontsize=7, markerscale=2, ncols=1 + (len(members) > 5))
+    for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    for ax in list(axes.flat)[: len(panels)][-columns:]:  # an empty panel below has no ticks
+        ax.tick_params(labelbottom=True)
     fig.supxlabel("training step (log(step + 1) scale)", size=10)
     return fig
 

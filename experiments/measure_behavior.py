@@ -6,13 +6,15 @@ Losses per example, in-context learning, shrinkage to the mean of the task prior
 predictors, sequences out of distribution; attention of every head, embeddings, layer norms. The
 same command starts, continues or does nothing: one file per checkpoint in `behavior/`, and
 `behavior.csv` and `attention.csv` at the end. Two cores: `quickstart` seconds.
+`--noise_variance=0.015625 --name=behavior-quiet` measures on quieter sequences, which are the same
+but for the size of their noise; their known predictors are those of that noise.
 Expected: predictions first shrink to the mean of the prior (zero), then errors of late examples
 fall below those of early ones.
 """
 
 import dataclasses
 
-from experiments import cli, measuring, train_regression
+from experiments import cli, estimate_llc, measuring, train_regression
 from experiments.cli import option
 
 
@@ -22,6 +24,8 @@ class Config:
 
     workdir: str = option("runs/quickstart", "Folder of the training run.")
     preset: str = option("quickstart", "Name of the preset.")
+    name: str = option("behavior", "Folder of the results within the workdir.")
+    noise_variance: float = option(0.0, "Variance of the label noise; 0 for that of the run.")
     seed: int = option(2000, "Seed of the sequences; fresh ones of the training task.")
     num_sequences: int = option(1024, "Sequences of the training task.")
     num_far: int = option(256, "Sequences out of distribution, of each kind.")
@@ -84,7 +88,18 @@ def run(config: Config, phase: str = "behavior") -> None:
                 f"{name}={getattr(config, name)} is above num_sequences={config.num_sequences},"
                 " of which it takes the first."
             )
+    folder, without = estimate_llc.results_folder(config), ["name"]
     model, task = train_regression.setting(train_regression.load_config(config.workdir))
+    if not config.noise_variance:
+        without.append("noise_variance")  # folders begun before there was this flag go on
+    elif folder == measuring.folder_of(config):
+        raise ValueError(
+            f"noise_variance={config.noise_variance} with name={config.name}: figures and reports"
+            " take that folder for the noise of the run; give another --name, such as"
+            f" {config.name}-quiet."
+        )
+    else:
+        task = dataclasses.replace(task, noise_variance=config.noise_variance)
 
     def measure(kept, steps):
         sequences = regression.evaluation_set(
@@ -110,7 +125,9 @@ def run(config: Config, phase: str = "behavior") -> None:
         return (named(*one) for one in measured)
 
     tables = {"behavior.csv": datasets.behavior_table, "attention.csv": datasets.attention_table}
-    measuring.run(config, phase, "measure_behavior", PRESETS, measure, tables)
+    measuring.run(
+        config, phase, "measure_behavior", PRESETS, measure, tables, folder=folder, without=without
+    )
 
 
 if __name__ == "__main__":

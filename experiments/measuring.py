@@ -1,14 +1,14 @@
 """Measures something at every checkpoint of a workdir: one file each, tables at the end."""
 
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from experiments import cli, workdir
 
 
 def folder_of(config) -> pathlib.Path:
-    """Returns the folder of the results."""
+    """Returns the folder of the results that figures and reports take."""
     return pathlib.Path(config.workdir) / "behavior"
 
 
@@ -19,6 +19,8 @@ def run(
     presets: Mapping[str, Any],
     measure: Callable[[Any, list[int]], Iterator[tuple[int, Any, float]]],
     tables: Mapping[str, Callable],
+    folder: pathlib.Path | None = None,
+    without: Iterable[str] = (),
 ) -> None:
     """Measures what is missing; the same command starts, continues or does nothing.
 
@@ -30,15 +32,17 @@ def run(
       measure: `measure(kept, steps)`, an iterator of (step, `xarray.Dataset`, loss) over the
         checkpoints at these steps; checks its arguments when it is called.
       tables: file name -> function from all results to a pandas DataFrame, written as CSV.
+      folder: of the results; `folder_of(config)` if none.
+      without: further fields of the config that do not change what is measured.
     """
     from llc_jax import results
     from llc_jax.checkpoints import CheckpointDir
     from llc_jax.files import write_atomic
 
-    folder = folder_of(config)
+    folder = folder or folder_of(config)
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
     with workdir.lock(folder, "behavior"):
-        identity = cli.identity(config, ["checkpoint_batch"])
+        identity = cli.identity(config, ["checkpoint_batch", *without])
         line = cli.command(experiment, config.preset, config, presets[config.preset])
         done = set(results.finished_steps(folder))
         work = [step for step in workdir.good_steps(kept, done) if step not in done]
