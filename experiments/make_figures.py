@@ -183,12 +183,12 @@ def page(found: Material) -> dict[str, Any]:
 def parts(found: Material) -> dict[str, Any]:
     """λ̂ of the parts of the loss."""
     from llc_jax.behavior_figures import tokens_figure
+    from llc_jax.metrics.language_datasets import octave_ranges
 
     if found.setting.experiment == "train_regression":
         return {"tokens": tokens_figure(found.sweep, stages=found.stages)}
-    ends = train_language.octave_ends(found.setting.training)
-    starts = [1, *(end + 1 for end in ends[:-1])]
-    labels = [f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    ranges = octave_ranges(found.setting.training.context - 1)
+    labels = [f"{a}" if a == b else f"{a} to {b}" for a, b in ranges]
     return {
         "octaves": tokens_figure(found.sweep, stages=found.stages, part="tokens", labels=labels)
     }

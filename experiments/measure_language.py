@@ -5,8 +5,9 @@
 Loss by position, with positions ablated, bigram and n-gram scores, learning in context; attention
 to the previous token and to what followed an earlier occurrence, of every head; composition of
 heads, position embedding, norms. The same command starts, continues or does nothing: one file per
-checkpoint in `behavior/`, and `behavior.csv` and `heads.csv` at the end; `texts.json` has the
-tokens of the texts that `make_figures` colours by what changed over each stage.
+checkpoint in `behavior/`, and `behavior.csv`, `heads.csv` and, of two layers or more,
+`composition.csv` at the end; `texts.json` has the tokens of the texts that `make_figures` colours
+by what changed over each stage.
 Expected: the divergence from the bigrams falls and rises again; n-gram scores rise above 1; then
 heads of the first layer find the previous token, and those of the second earlier occurrences.
 """
@@ -53,6 +54,22 @@ class Measure:
         return self.behavior(step, params, questions) | self.structure(step, params, probes)
 
 
+def held_out(training: train_language.Config, num_sequences: int, seed: int):
+    """Sequences that were not trained on, integers [B, L].
+
+    Fresh ones of the synthetic language, else the first of the held-out text, or all there are.
+    """
+    import jax
+    import numpy as np
+
+    from llc_jax.data.synthetic_language import sample
+
+    if training.data == "synthetic":
+        law, (key, _) = train_language.language(training), jax.random.split(jax.random.key(seed))
+        return np.asarray(sample(key, law, num_sequences)["tokens"])
+    return train_language.tokens(training).heldout[:num_sequences]
+
+
 def material(config: Config, training: train_language.Config):
     """Held-out sequences, the bigram table, n-grams of each length and the start token."""
     import jax
@@ -60,13 +77,11 @@ def material(config: Config, training: train_language.Config):
 
     from llc_jax.data import corpora, ngrams, synthetic_language
 
+    rows = held_out(training, config.num_sequences, config.seed)
     if training.data == "synthetic":
         law = train_language.language(training)
-        keys = jax.random.split(jax.random.key(config.seed))
-        rows, others = (
-            np.asarray(synthetic_language.sample(key, law, config.num_sequences)["tokens"])
-            for key in keys
-        )
+        _, key = jax.random.split(jax.random.key(config.seed))
+        others = np.asarray(synthetic_language.sample(key, law, config.num_sequences)["tokens"])
         grams = [frequent(others, n, config.num_ngrams) for n in LENGTHS]
         table = synthetic_language.bigram_table(law)
         # Nothing follows the last word of a table but words: the start token's column is empty.
@@ -76,7 +91,7 @@ def material(config: Config, training: train_language.Config):
     texts = list(corpora.documents(training.data, field=training.field))
     grams = [ngrams.ngrams(tokens.tokenizer, texts, n, config.num_ngrams) for n in LENGTHS]
     table = ngrams.bigram_table(tokens.train, size)
-    return tokens.heldout[: config.num_sequences], table, grams, tokens.tokenizer.eos_id
+    return rows, table, grams, tokens.tokenizer.eos_id
 
 
 def words(training: train_language.Config, rows) -> list[list[str]]:
@@ -137,6 +152,8 @@ def run(config: Config, phase: str = "behavior") -> None:
         "behavior.csv": language_datasets.behavior_table,
         "heads.csv": language_datasets.heads_table,
     }
+    if training.num_layers > 1:
+        tables["composition.csv"] = language_datasets.composition_table
     measuring.run(config, phase, "measure_language", PRESETS, measure, tables)
 
 

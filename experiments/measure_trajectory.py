@@ -2,20 +2,24 @@
 
     python -m experiments.measure_trajectory --preset=quickstart --workdir=runs/quickstart
 
-Rows are checkpoints, columns the predictions on fixed sequences; known predictors are projected
-into the same space. With `--also=runs/other,runs/third` the components are those of all runs
-together. Writes `trajectory/trajectory.csv` and `trajectory.json`, unless they are up to date.
+Rows are checkpoints, columns the outputs on fixed sequences that were not trained on: of a
+regression run its predictions, of a language run the logit of the token that follows, at one random
+position of each sequence. Known predictors are projected into the same space; those of the
+synthetic language have no logits, but with `--log_probs` they are there too. With
+`--also=runs/other,runs/third` the components are those of all runs together. Writes
+`trajectory/trajectory.csv` and `trajectory.json`, unless they are up to date.
 Expected: few components carry nearly everything, and the path turns where stages meet.
 """
 
 import csv
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import cli, train_regression, workdir
+from experiments import cli, measure_language, settings, train_language, train_regression, workdir
 from experiments.cli import option
 
 
@@ -26,9 +30,10 @@ class Config:
     workdir: str = option("runs/quickstart", "Folder of the training run.")
     preset: str = option("quickstart", "Name of the preset.")
     also: str = option("", "Further workdirs of the same task, separated by commas.")
-    seed: int = option(3000, "Seed of the sequences; fresh ones of the training task.")
-    num_sequences: int = option(128, "Sequences.")
-    all_outputs: bool = option(False, "All outputs, as published, not the predictions alone.")
+    seed: int = option(3000, "Seed of the sequences, or of the positions in held-out text.")
+    num_sequences: int = option(128, "Sequences; fewer if the held-out text has fewer.")
+    all_outputs: bool = option(False, "Regression: all outputs, as published, not predictions.")
+    log_probs: bool = option(False, "Language: log-probabilities, not logits as published.")
     num_components: int = option(3, "Principal components.")
     block: int = option(128, "Sequences at once; bounds memory.")
     checkpoint_batch: int = option(2, "Checkpoints at once, over the devices; bounds memory.")
@@ -46,7 +51,7 @@ def quickstart() -> Config:
 
 def small() -> Config:
     """A minute."""
-    return Config(workdir="runs/small", preset="small", num_sequences=1024)
+    return Config(workdir="runs/small", preset="small", num_sequences=1024, block=256)
 
 
 def paper() -> Config:
@@ -58,6 +63,72 @@ PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
 MEMORY = ("block", "checkpoint_batch")
 
 
+class Columns(NamedTuple):
+    """What is compared between checkpoints.
+
+    Attributes:
+      outputs: of `llc_jax.metrics.outputs`.
+      inputs: its batch, arrays [B, ...].
+      references: name -> what a known predictor has in the place of the outputs, [B, ...].
+    """
+
+    outputs: Any
+    inputs: Mapping[str, np.ndarray]
+    references: Mapping[str, np.ndarray]
+
+
+def columns(config: Config, folder: str) -> Columns:
+    """The columns for a run, whichever model it trained.
+
+    Raises:
+      ValueError: if a flag is for the other model, or the folder holds no run.
+    """
+    run = settings.load(folder)
+    language = run.experiment == "train_language"
+    for name, here in (("all_outputs", not language), ("log_probs", language)):
+        if getattr(config, name) and not here:
+            raise ValueError(f"{name}=True: not for a run of {run.experiment}; leave it out.")
+    make = _language if language else _regression
+    return make(config, run.training)
+
+
+def _regression(config: Config, training: train_regression.Config) -> Columns:
+    import jax
+
+    from llc_jax.metrics.outputs import Outputs
+    from llc_jax.metrics.regression import evaluation_set
+
+    model, task = train_regression.setting(training)
+    found = jax.device_get(evaluation_set(jax.random.key(config.seed), task, config.num_sequences))
+    known = {"zero": np.zeros_like(found["y"])}
+    known |= {name: found[name] for name in ("ridge", "dmmse") if name in found}
+    return Columns(
+        Outputs(model, config.all_outputs), {name: found[name] for name in ("x", "y")},
+        {} if config.all_outputs else known,
+    )  # fmt: skip
+
+
+def _language(config: Config, training: train_language.Config) -> Columns:
+    from llc_jax.data.synthetic_language import reference_losses
+    from llc_jax.metrics.outputs import NextTokenOutputs, one_position
+
+    rows = measure_language.held_out(training, config.num_sequences, config.seed)
+    inputs, known = one_position(config.seed, rows), {}
+    if config.log_probs:
+        known["uniform"] = np.full(len(rows), -np.log(train_language.vocabulary(training)))
+        if training.data == "synthetic":
+            law = train_language.language(training)
+            losses = [
+                reference_losses(law, rows[start : start + config.block])
+                for start in range(0, len(rows), config.block)
+            ]
+            for name in losses[0]:
+                whole = np.concatenate([part[name] for part in losses])
+                known[name.replace("_", " ")] = -whole[np.arange(len(rows)), inputs["position"]]
+    model = train_language.model(training)
+    return Columns(NextTokenOutputs(model, config.log_probs), inputs, known)
+
+
 def folder_of(config) -> pathlib.Path:
     """Returns the folder of the results."""
     return pathlib.Path(config.workdir) / "trajectory"
@@ -65,23 +136,16 @@ def folder_of(config) -> pathlib.Path:
 
 def run(config: Config, phase: str = "trajectory") -> None:
     """Analyses all checkpoints there are, unless that has been done."""
-    import jax
-
     from llc_jax import checks
     from llc_jax.checkpoints import CheckpointDir
     from llc_jax.files import digest, read_json, write_atomic, write_json
-    from llc_jax.metrics.outputs import Outputs, output_blocks
-    from llc_jax.metrics.regression import evaluation_set
+    from llc_jax.metrics.outputs import output_blocks
     from llc_jax.metrics.trajectory import functional_pca
 
     for name in ("num_sequences", "num_components", "block", "checkpoint_batch"):
         checks.at_least(name, getattr(config, name), 1)
     folder = folder_of(config)
     runs = [config.workdir, *filter(None, config.also.split(","))]
-    model, task = train_regression.setting(train_regression.load_config(config.workdir))
-    for other in runs[1:]:
-        if train_regression.setting(train_regression.load_config(other)) != (model, task):
-            raise ValueError(f"also={other}: trained on another task or model; give equal ones.")
     with workdir.lock(folder, "trajectory"):
         kept = [CheckpointDir(pathlib.Path(name) / "checkpoints") for name in runs]
         steps = [workdir.good_steps(k) for k in kept]
@@ -98,29 +162,33 @@ def run(config: Config, phase: str = "trajectory") -> None:
         if path.exists() and (inputs | stamp).items() <= read_json(path).items():
             cli.say(f"{phase}: up to date in {path}")
             return
-        sequences = jax.device_get(
-            evaluation_set(jax.random.key(config.seed), task, config.num_sequences)
-        )
-        block = min(config.block, config.num_sequences)
-        names = ["zero", "ridge", *(["dmmse"] if task.num_tasks else [])]
-        names = [] if config.all_outputs else names
+        found = columns(config, config.workdir)
+        for other in runs[1:]:
+            theirs = columns(config, other)
+            if theirs.outputs != found.outputs or not _same(theirs.inputs, found.inputs):
+                raise ValueError(
+                    f"also={other}: trained on another task or model; give equal ones."
+                )
         checkpoints = [(s, k.restore_params(s)) for k, of in zip(kept, steps, strict=True)
                        for s in of]  # fmt: skip
+        size = len(next(iter(found.inputs.values())))
+        block = min(config.block, size)
         blocks = output_blocks(
-            Outputs(model, config.all_outputs), checkpoints, sequences, names, block=block,
+            found.outputs, checkpoints, found.inputs, list(found.references.values()), block=block,
             checkpoint_batch=config.checkpoint_batch,
         )  # fmt: skip
-        count = -(-config.num_sequences // block)
+        count = -(-size // block)
 
         def counted():
-            for number, found in enumerate(blocks, 1):
-                yield number, "", found
+            for number, values in enumerate(blocks, 1):
+                yield number, "", values
 
         pca = functional_pca(
             cli.progress(counted(), phase, count, "blocks"),
             config.num_components, len(checkpoints),
         )  # fmt: skip
         rows = [(number, step) for number, of in enumerate(steps, 1) for step in of]
+        names = list(found.references)
         write_atomic(out, table(rows, names, pca.scores))
         write_json(path, {
             **inputs,
@@ -134,6 +202,10 @@ def run(config: Config, phase: str = "trajectory") -> None:
         })  # fmt: skip
     shares = ", ".join(f"{share:.1%}" for share in pca.explained)
     cli.say(f"{phase}: components carry {shares} of the variance; wrote {folder}/trajectory.csv")
+
+
+def _same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
 
 
 def table(rows, names, scores: np.ndarray) -> str:

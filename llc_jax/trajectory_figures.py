@@ -62,7 +62,7 @@ def trajectory_figure(
         labels = {stage.end: f"{i}|{i + 1}" for i, stage in enumerate(stages[:-1], 1)}
     times, path = _path(steps, scores)
     axis_names = [f"PC{i + 1} ({share:.1%} of variance)" for i, share in enumerate(pca.explained)]
-    marks = list(zip(references, itertools.cycle("*PXsd"), ideal, strict=False))
+    marks = list(zip(references, itertools.cycle("*PXsd^"), ideal, strict=False))
     look = {"mec": "white", "color": figures.PURPLE, "zorder": 6}
 
     figure = figures.InlineFigure(figsize=(9.6, 7.4), layout="constrained")
@@ -109,9 +109,10 @@ def trajectory_figure(
         if len(stages):
             ax.text(-0.01, 1.02, "stage", transform=ax.transAxes, ha="right")
         figures.dress(ax, axis_names[i])
+    handles, names = planes[0].get_legend_handles_labels()
     figure.legend(
-        *planes[0].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False,
-        columnspacing=1.2, handlelength=1.6,
+        handles, names, loc="outside lower center", frameon=False, columnspacing=1.2,
+        handlelength=1.6, ncols=len(names) if len(names) <= 9 else -(-len(names) // 2),
     )  # fmt: skip
     return figure
 

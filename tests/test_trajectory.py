@@ -1,11 +1,13 @@
 """Trajectories with known components and known geometry give exactly these."""
 
+import jax
 import matplotlib.collections
 import numpy as np
 import pytest
 
 from llc_jax import figures
 from llc_jax.checkpoints import checkpoint_steps
+from llc_jax.metrics.outputs import NextTokenOutputs, one_position, output_blocks
 from llc_jax.metrics.trajectory import (
     PCA,
     cusps,
@@ -16,6 +18,7 @@ from llc_jax.metrics.trajectory import (
     smooth_path,
     vertices,
 )
+from llc_jax.models.attention_only import AttentionOnlyTransformer, init_params
 from llc_jax.stages import Stage
 from llc_jax.trajectory_figures import geometry_in_plane, trajectory_figure
 
@@ -93,6 +96,78 @@ def test_brownian_motion_has_the_shares_of_its_sine_series():
     explained = functional_pca(np.split(walk, 4, axis=1)).explained
     error = explained / (6 / (np.pi * np.arange(1, 4)) ** 2) - 1
     assert np.all(np.abs(error) < 4 * np.array([0.011, 0.027, 0.025]))
+
+
+MODEL = AttentionOnlyTransformer(
+    num_layers=2, num_heads=2, d_model=8, vocab_size=6, context=7, init_scale=3.0
+)
+TOKENS = np.random.default_rng(5).integers(0, 6, (23, 7)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 70, 10_000])
+def test_language_outputs_are_logits_of_the_token_after_the_position(tokens_at_once):
+    params = init_params(jax.random.key(0), MODEL)
+    batch = one_position(3, TOKENS)
+    rows, at = np.arange(23), batch["position"]
+    logits = np.asarray(MODEL.apply({"params": params}, TOKENS))[rows, at]
+    following = TOKENS[rows, at + 1]
+    for log_probs, expected in ((False, logits), (True, jax.nn.log_softmax(logits))):
+        found = NextTokenOutputs(MODEL, log_probs, tokens_at_once)(0, params, batch)
+        assert found.shape == (23, 1)
+        np.testing.assert_allclose(found[:, 0], expected[rows, following], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_uniform_over_those_that_a_token_follows():
+    found = one_position(0, np.zeros((60_000, 7), np.uint16))["position"]
+    counts = np.bincount(found, minlength=6)
+    assert counts.shape == (6,)
+    assert np.abs(counts - 10_000).max() < 4 * (60_000 * (1 / 6) * (5 / 6)) ** 0.5
+    np.testing.assert_array_equal(
+        one_position(0, TOKENS)["position"], one_position(0, TOKENS)["position"]
+    )
+    assert (one_position(1, TOKENS)["position"] != one_position(0, TOKENS)["position"]).any()
+    with pytest.raises(ValueError, match=r"shape \(4, 1\): give rows of 2 tokens or more"):
+        one_position(0, TOKENS[:4, :1])
+
+
+@pytest.mark.parametrize(("block", "checkpoint_batch"), [(23, 1), (5, 3)])
+def test_a_planted_path_of_logits_is_found_in_its_plane(block, checkpoint_batch):
+    """With W_U = 0 a logit is the bias of its token: here 3 cos t of token 1, 2 sin t of token 2.
+
+    n of the outputs have a token, so that the path is an ellipse of half axes 3 sqrt(n_1) and
+    2 sqrt(n_2), and a predictor that is a constant c at all outputs with token 1 lies on its axis.
+    """
+    params = init_params(jax.random.key(0), MODEL)
+    t = closed(12)[:-1]
+    biases = np.zeros((12, 6), np.float32)
+    biases[:, 1], biases[:, 2] = 3 * np.cos(t), 2 * np.sin(t)
+    checkpoints = [
+        (step, params | {"W_U": np.zeros_like(params["W_U"]), "b_U": bias})
+        for step, bias in enumerate(biases)
+    ]
+    batch = one_position(3, TOKENS)
+    following = TOKENS[np.arange(23), batch["position"] + 1]
+    n_1, n_2 = ((following == token).sum() for token in (1, 2))
+    assert n_1 > n_2 > 0
+    blocks = output_blocks(
+        NextTokenOutputs(MODEL), checkpoints, batch, [7.0 * (following == 1)], block=block,
+        checkpoint_batch=checkpoint_batch,
+    )  # fmt: skip
+    pca = functional_pca(blocks, 2, num_fitted=12)
+    axes = np.sqrt([9 * n_1, 4 * n_2])
+    np.testing.assert_allclose(pca.explained, axes**2 / np.sum(axes**2), rtol=1e-6)
+    ellipse = np.stack([np.cos(t), np.sin(t)], axis=1) * axes
+    np.testing.assert_allclose(np.abs(pca.scores[:12]), np.abs(ellipse), atol=1e-5)
+    np.testing.assert_allclose(np.abs(pca.scores[12]), [7 * n_1**0.5, 0], atol=1e-5)
+
+
+def test_predictors_of_something_else_are_refused():
+    params = init_params(jax.random.key(0), MODEL)
+    blocks = output_blocks(
+        NextTokenOutputs(MODEL), [(0, params)], one_position(3, TOKENS), [np.zeros((23, 4))]
+    )
+    with pytest.raises(ValueError, match="references have 4 values a sequence, the outputs 1"):
+        next(blocks)
 
 
 @pytest.mark.parametrize(

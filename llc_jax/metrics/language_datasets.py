@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray
 
+from llc_jax.language_losses import octaves
+
 _HEADS = ("layer", "head")
+_PAIRS = ("early_head", "late_head")
 _DIMS = {
     **dict.fromkeys(("loss", "ablated_loss"), ("prediction",)),
     **dict.fromkeys(
@@ -16,9 +19,7 @@ _DIMS = {
     **dict.fromkeys(("ngram_loss", "ngram_score", "ngram_score_published"), ("n",)),
     "text_log_probs": ("text", "word"),
     **dict.fromkeys(("previous_token", "prefix_matching", "induction"), _HEADS),
-    **dict.fromkeys(
-        ("k_composition", "q_composition", "v_composition"), ("early_head", "late_head")
-    ),
+    **dict.fromkeys(("k_composition", "q_composition", "v_composition"), _PAIRS),
     "weight_norms": ("weight",),
     "position_explained": ("component",),
     "position_coordinates": ("position", "component"),
@@ -53,25 +54,40 @@ def dataset(
 
 
 def behavior_table(found: xarray.Dataset):
-    """One line per checkpoint: all that has one value there, or one for each n.
+    """One line per checkpoint: all that has one value there, or few.
+
+    Losses by position are means over octaves of predictions, without standard errors, since
+    predictions of one sequence are no independent draws.
 
     Args:
       found: with a leading dimension checkpoint.
 
     Returns:
-      pandas DataFrame, indexed by step; columns such as `bigram_kl` and `ngram_score_3_stderr`.
+      pandas DataFrame, indexed by step; columns such as `bigram_kl`, `ngram_score_3_stderr`,
+      `position_explained_1` (of component 1) and `loss_4_to_7` (of predictions 4 to 7).
     """
     import pandas
 
     columns = {}
     for name, variable in found.data_vars.items():
         base, error = str(name).removesuffix("_stderr"), "_stderr" * str(name).endswith("_stderr")
-        if variable.dims == ("checkpoint",):
+        of = variable.dims[1:]
+        if not of:
             columns[str(name)] = variable.values
-        elif variable.dims == ("checkpoint", "n"):
-            for index, n in enumerate(found.n.values):
-                columns[f"{base}_{n}{error}"] = variable.values[:, index]
+        elif of in (("n",), ("component",)):
+            for index, number in enumerate(found[of[0]].values):
+                columns[f"{base}_{number}{error}"] = variable.values[:, index]
+        elif of == ("prediction",) and not error:
+            for first, last in octave_ranges(found.sizes["prediction"]):
+                mean = variable.sel(prediction=slice(first, last)).mean("prediction").values
+                columns[f"{base}_{first}" + f"_to_{last}" * (last > first)] = mean
     return pandas.DataFrame(columns, index=found.checkpoint.values).rename_axis("step")
+
+
+def octave_ranges(num_predictions: int) -> list[tuple[int, int]]:
+    """First and last prediction of each octave of `llc_jax.language_losses`, counted from 1."""
+    ends = octaves(num_predictions + 1)
+    return list(zip([1, *(end + 1 for end in ends)], ends, strict=False))
 
 
 def heads_table(found: xarray.Dataset):
@@ -83,6 +99,22 @@ def heads_table(found: xarray.Dataset):
     Returns:
       pandas DataFrame with columns step, layer, head and the scores.
     """
-    names = [name for name, variable in found.data_vars.items() if variable.dims[1:] == _HEADS]
+    return _long_table(found, _HEADS)
+
+
+def composition_table(found: xarray.Dataset):
+    """One line per checkpoint and pair of heads of the first two layers: its composition.
+
+    Args:
+      found: with a leading dimension checkpoint, of a model of two layers or more.
+
+    Returns:
+      pandas DataFrame with columns step, early_head, late_head, and k_, q_ and v_composition.
+    """
+    return _long_table(found, _PAIRS)
+
+
+def _long_table(found: xarray.Dataset, dims: tuple[str, str]):
+    names = [name for name, variable in found.data_vars.items() if variable.dims[1:] == dims]
     table = found[names].to_dataframe().reset_index().rename(columns={"checkpoint": "step"})
-    return table[["step", "layer", "head", *names]]
+    return table[["step", *dims, *names]]
