@@ -23,7 +23,8 @@ HEADS = {
 }
 COMPOSITIONS = ("k_composition", "q_composition", "v_composition")
 FAMILIES = ("Blues", "Oranges", "Greens", "Purples")  # of the heads of layers 1, 2, ...
-SELECTED = 8  # tokens, about evenly spaced on a logarithmic scale
+SELECTED = 8  # tokens or positions, about evenly spaced on a logarithmic scale
+PLANES = 6  # checkpoints whose positions are drawn, likewise
 NAMED_HEADS, NAMED_PAIRS = 3, 4  # in each panel
 
 
@@ -66,7 +67,7 @@ def positions_figure(found, *, stages: Sequence = ()) -> Figure:
     """
     figure = figures.InlineFigure(figsize=(9.6, 6.6), layout="constrained")
     axes = figure.subplots(2, sharex=True, sharey=True)
-    numbers = np.unique(np.rint(np.geomspace(1, found.sizes["prediction"], SELECTED)).astype(int))
+    numbers = _selected(found.sizes["prediction"])
     for number, color in zip(numbers, figures.shades(numbers.size), strict=True):
         one = found.sel(prediction=number)
         for ax, name in zip(axes, ("loss", "ablated_loss"), strict=True):
@@ -139,26 +140,34 @@ def composition_figure(found, baseline: float, *, stages: Sequence = ()) -> Figu
 
 
 def embedding_figure(found, *, stages: Sequence = ()) -> Figure:
-    """Draws principal components of the position embedding, and the norm of all weights.
+    """Draws principal components and norms of the position embedding, and the norm of all weights.
 
     Args:
       found: see above.
       stages: of `llc_jax.find_stages`; may be empty.
     """
     steps = found.checkpoint.values
-    figure = figures.InlineFigure(figsize=(9.6, 8.6), layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=(1.4, 1))
-    axes = top.subplots(2, sharex=True)
+    figure = figures.InlineFigure(figsize=(9.6, 12.4), layout="constrained")
+    top, bottom = figure.subfigures(2, height_ratios=(1.2, 1))
+    axes = top.subplots(3, sharex=True)
     for i, color in enumerate(figures.shades(found.sizes["component"])[::-1]):
         share = found.position_explained.values[:, i]
         _plot(axes[0], steps, share, color=color, label=f"component {i + 1}")
     figures.dress(axes[0], "position embedding:\nshare of variance").set_ylim(0, 1.03)
-    _plot(axes[1], steps, found.weight_norm, color=figures.INK, label="all weights")
-    figures.dress(axes[1], "Euclidean norm")
+    tokens = _selected(found.sizes["position"])
+    for token, color in zip(tokens, figures.shades(tokens.size)[::-1], strict=True):
+        norm = found.position_norm.values[:, token - 1]
+        _plot(axes[1], steps, norm, color=color, label=f"position {token - 1}")
+    figures.dress(axes[1], "position embedding:\nEuclidean norm").set_ylim(bottom=0)
+    _plot(axes[2], steps, found.weight_norm, color=figures.INK, label="all weights")
+    figures.dress(axes[2], "Euclidean norm")
     finish(top, axes, steps, stages)
-    shown = sorted({0, steps.size // 2, steps.size - 1})
-    planes = bottom.subplots(1, len(shown), squeeze=False)[0]
-    for ax, row in zip(planes, shown, strict=True):
+    shown = spread(steps, PLANES)
+    rows = -(-len(shown) // 3)
+    planes = bottom.subplots(rows, min(3, len(shown)), squeeze=False).ravel()
+    for ax in planes[len(shown) :]:
+        ax.remove()
+    for ax, row in zip(planes, shown, strict=False):
         one = found.isel(checkpoint=row)
         points = ax.scatter(
             *one.position_coordinates.values[:, :2].T, c=np.arange(one.sizes["position"]), s=9
@@ -167,8 +176,18 @@ def embedding_figure(found, *, stages: Sequence = ()) -> Figure:
         ax.set_aspect("equal", adjustable="datalim")
         shares = [f"component {i + 1} ({x:.0%})" for i, x in enumerate(one.position_explained[:2])]
         figures.dress(ax, shares[1]).set_xlabel(shares[0])
-    bottom.colorbar(points, ax=planes, label="position", aspect=30)
+    bottom.colorbar(points, ax=list(planes[: len(shown)]), label="position", aspect=30)
     return figure
+
+
+def spread(steps: np.ndarray, count: int) -> list[int]:
+    """Returns rows of at most `count` steps [N] that log(step + 1) spreads as evenly as it can.
+
+    The first and the last are among them.
+    """
+    times = np.log1p(steps)
+    goals = np.linspace(times[0], times[-1], count)
+    return sorted({int(np.abs(times - goal).argmin()) for goal in goals})
 
 
 def published_init_figure(sweep, *, stages: Sequence = ()) -> Figure:
@@ -193,6 +212,11 @@ def published_init_figure(sweep, *, stages: Sequence = ()) -> Figure:
     figures.dress(ax, figures.LLC)
     finish(figure, [ax], steps, stages)
     return figure
+
+
+def _selected(size: int) -> np.ndarray:
+    """Returns some numbers from 1 to `size`, about evenly spaced on a logarithmic scale."""
+    return np.unique(np.rint(np.geomspace(1, size, SELECTED)).astype(int))
 
 
 def _plot(ax: Axes, steps, values, *, lw: float = 1.3, **look) -> None:

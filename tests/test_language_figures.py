@@ -229,15 +229,20 @@ def test_one_layer_has_no_composition():
         draw.composition_figure(make_found(STEPS[:2], layers=1), BASELINE)
 
 
-def test_embedding_holds_shares_norm_and_coordinates(found):
+def test_embedding_holds_shares_norms_and_coordinates(found):
     figure = draw.embedding_figure(found, stages=STAGES)
-    shares, norm, *planes, bar = figure.axes
-    assert_on_steps_with_stages([shares, norm])
+    shares, position_norms, norm, *planes, bar = figure.axes
+    assert_on_steps_with_stages([shares, position_norms, norm])
     for i in range(3):
         line = labelled(shares)[f"component {i + 1}"]
         assert_shows(line, found.position_explained.values[:, i])
+    for position in (0, 1, 3, 7, 15, 31, 63, 127):
+        line = labelled(position_norms)[f"position {position}"]
+        assert_shows(line, found.position_norm.values[:, position])
+    assert position_norms.get_ylim()[0] == 0
     assert_shows(labelled(norm)["all weights"], found.weight_norm)
-    for ax, row in zip(planes, (0, len(STEPS) // 2, len(STEPS) - 1), strict=True):
+    rows = draw.spread(STEPS, 6)
+    for ax, row in zip(planes, rows, strict=True):
         (points,) = ax.collections
         expected = found.position_coordinates.values[row, :, :2]
         np.testing.assert_array_equal(points.get_offsets(), expected)
@@ -247,6 +252,57 @@ def test_embedding_holds_shares_norm_and_coordinates(found):
         assert ax.get_xlabel() == f"component 1 ({share:.0%})"
         assert ax.get_aspect() == 1.0
     assert bar.get_ylabel() == "position"
+
+
+def test_checkpoints_are_spread_over_the_logarithm_of_the_step():
+    assert draw.spread(np.arange(1024), 6) == [0, 3, 15, 63, 255, 1023]
+    assert draw.spread(np.array([0, 1000, 1023]), 6) == [0, 1, 2]
+    assert draw.spread(np.array([7]), 6) == [0]
+
+
+def test_published_init_beside_the_paired_estimate():
+    """nβ = 10 and losses 0.5, 2: of 2 chains the first gets nβ ℓ / 2 on top, the second nothing."""
+    sweep = xarray.Dataset(
+        {
+            "per_chain": (("checkpoint", "chain"), [[1.0, 2.0], [3.0, 5.0]]),
+            "init_loss": ("checkpoint", [0.5, 2.0]),
+            "llc": ("checkpoint", [1.5, 4.0]),
+            "stderr": ("checkpoint", [0.5, 1.0]),
+        },
+        coords={"checkpoint": [0, 900]},
+        attrs={"nbeta": 10.0},
+    )
+    (ax,) = draw.published_init_figure(sweep, stages=STAGES).axes
+    assert "lambda" in ax.get_ylabel()
+    shown = labelled(ax)
+    for label, values, errors in (
+        # Chains 3.5 and 2, then 13 and 5: their mean and their spread.
+        ("published init loss ± spread over chains", [2.75, 9.0], np.array([1.5, 8.0]) / 2**0.5),
+        ("init loss of each chain ± 1 s.e.", [1.5, 4.0], [0.5, 1.0]),
+    ):
+        line, _, (bars,) = shown[label].lines
+        np.testing.assert_array_equal(line.get_xdata(), [0, 900])
+        np.testing.assert_allclose(line.get_ydata().astype(float), values, rtol=1e-12)
+        ends = np.array([segment[:, 1] for segment in bars.get_segments()], float)
+        np.testing.assert_allclose(np.diff(ends)[:, 0] / 2, errors, rtol=1e-12)
+
+
+def test_tables_hold_octaves_components_and_every_pair_of_heads(found):
+    table = language_datasets.behavior_table(found)
+    assert table.index.tolist() == STEPS.tolist()
+    for name in ("loss", "ablated_loss"):
+        values = found[name].values
+        np.testing.assert_array_equal(table[f"{name}_1"], values[:, 0])
+        np.testing.assert_allclose(table[f"{name}_4_to_7"], values[:, 3:7].mean(1), rtol=1e-6)
+        np.testing.assert_allclose(table[f"{name}_64_to_127"], values[:, 63:].mean(1), rtol=1e-6)
+    np.testing.assert_array_equal(table.position_explained_2, found.position_explained[:, 1])
+    np.testing.assert_array_equal(table.ngram_score_3_stderr, found.ngram_score_stderr[:, 1])
+    pairs = language_datasets.composition_table(found)
+    assert len(pairs) == len(STEPS) * 16
+    assert list(pairs) == ["step", "early_head", "late_head"] + [f"{k}_composition" for k in "kqv"]
+    row = pairs.query(f"step == {STEPS[4]} and early_head == 2 and late_head == 3").squeeze()
+    for name in draw.COMPOSITIONS:
+        assert row[name] == pytest.approx(float(found[name][4, 1, 2]), rel=1e-6)
 
 
 def with_gaps(found):
