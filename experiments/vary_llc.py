@@ -3,8 +3,9 @@
     python -m experiments.vary_llc --preset=quickstart --workdir=runs/quickstart
 
 Around one base setting, and at several checkpoints: size of the data set, size of the minibatch,
-loss function, seed of the chains; at the last checkpoint a grid of step size, nβ and γ with the
-running λ̂; and the failures: chains that find lower losses because nothing holds them, that do not
+sequences that the loss of a draw is evaluated on, loss function (of the regression model), seed of
+the chains; at the last checkpoint a grid of step size, nβ and γ with the running λ̂; and the
+failures: chains that find lower losses because nothing holds them, that do not
 move, that diverge, that are averaged from the start. The same command starts, continues or
 estimates nothing: one line of `variations/records.jsonl` per estimate; at the end it draws
 `variations.png`, `grid.png` and `failures.png`.
@@ -17,11 +18,8 @@ import pathlib
 
 import numpy as np
 
-from experiments import cli, train_regression, workdir
-from experiments.calibrate_sgld import numbers
+from experiments import cli, variations, workdir
 from experiments.cli import option
-
-TRACE_POINTS = 100  # of a running mean that is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Config:
     batch_size: int = option(32, "Sequences per minibatch of the base.")
     data_sizes: str = option("128,512,2048", "Sizes of the data set.")
     batch_sizes: str = option("16,32,64", "Sizes of the minibatch.")
+    fixed_sizes: str = option("256", "Sizes of a fixed set to evaluate the loss of a draw on.")
     seeds: str = option("0,1,2", "Seeds of the chains.")
     step_factors: str = option("0.3,1,3", "Step sizes of the grid, in units of the base.")
     nbeta_factors: str = option("0.3,1,3", "nβ of the grid, in units of the base.")
@@ -56,8 +55,8 @@ def smoke() -> Config:
     """Seconds."""
     return Config(
         workdir="runs/smoke", preset="smoke", num_checkpoints=2, num_data=128, num_draws=12,
-        num_burnin=12, data_sizes="64,128", batch_sizes="16,32", seeds="0,1", step_factors="1",
-        nbeta_factors="1,3", localization_factors="1",
+        num_burnin=12, data_sizes="64,128", batch_sizes="16,32", fixed_sizes="64", seeds="0,1",
+        step_factors="1", nbeta_factors="1,3", localization_factors="1",
     )  # fmt: skip
 
 
@@ -71,7 +70,7 @@ def small() -> Config:
     return Config(
         workdir="runs/small", preset="small", num_checkpoints=8, num_data=8192, step_size=5e-5,
         nbeta=100.0, localization=1000.0, num_chains=4, num_draws=300, num_burnin=200,
-        data_sizes="512,2048,8192", batch_sizes="16,32,64,128",
+        data_sizes="512,2048,8192", batch_sizes="16,32,64,128", fixed_sizes="256,1024",
     )  # fmt: skip
 
 
@@ -81,111 +80,26 @@ def paper() -> Config:
         workdir="runs/paper", preset="paper", num_data=2**20, step_size=3e-4, nbeta=66.67,
         localization=6.67, num_chains=8, num_draws=1000, num_burnin=1000, batch_size=1024,
         checkpoints="507,1124,3247,9375,27072,59968,121212,500000",
-        data_sizes="4096,8192,65536,1048576", batch_sizes="256,1024,4096", setting_batch=9,
+        data_sizes="4096,8192,65536,1048576", batch_sizes="256,1024,4096",
+        fixed_sizes="1024,4096", setting_batch=9,
     )  # fmt: skip
 
 
-PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+def language_small() -> Config:
+    """For `train_language --preset=small`, around the settings of `estimate_llc` for it; hours."""
+    return Config(
+        workdir="runs/language", preset="language_small", num_data=1024, step_size=7e-6,
+        nbeta=500.0, localization=10_000.0, num_draws=100, num_burnin=70, batch_size=8,
+        data_sizes="128,512", batch_sizes="4,8,16", fixed_sizes="32", seeds="0,1",
+    )  # fmt: skip
+
+
+PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper, language_small)}
 
 
 def folder_of(config) -> pathlib.Path:
     """Returns the folder of the results."""
     return pathlib.Path(config.workdir) / "variations"
-
-
-def variations(config: Config) -> list[tuple[str, float | str, dict]]:
-    """Every variation of the base: (what, value, settings that differ from the base)."""
-    sizes = [*numbers(config.data_sizes), config.num_data]
-    batches = [*numbers(config.batch_sizes), config.batch_size]
-    if min(sizes) < config.batch_size or config.num_data < max(batches):
-        raise ValueError(
-            f"data_sizes={config.data_sizes}, num_data={config.num_data} and batch_sizes="
-            f"{config.batch_sizes}, batch_size={config.batch_size}: no minibatch may be larger than"
-            " the data set it is drawn from."
-        )
-    found = [("num_data", n, {"num_data": int(n)}) for n in numbers(config.data_sizes)]
-    found += [("batch_size", m, {"batch_size": int(m)}) for m in numbers(config.batch_sizes)]
-    found += [("loss", name, {"loss": name}) for name in ("mean", "random prefix")]
-    found += [("seed", s, {"seed": int(s)}) for s in numbers(config.seeds)]
-    return found
-
-
-def failures(config: Config, first: int, last: int) -> dict[str, tuple[int, dict]]:
-    """What goes wrong, and where to see it: name -> (training step, settings that differ)."""
-    return {
-        "nothing holds the chains (γ = 0) at an untrained model": (first, {"localization": 0.0}),
-        "they do not move (ε / 10,000)": (last, {"step_size": config.step_size / 1e4}),
-        "they diverge (ε × 1,000)": (last, {"step_size": config.step_size * 1e3}),
-        "averaged from the start (no burn-in)": (
-            last, {"num_burnin": 0, "num_draws": config.num_burnin + config.num_draws},
-        ),
-        "the base, for comparison": (last, {}),
-    }  # fmt: skip
-
-
-def measure(config: Config, params, task, model, step: int, change: dict):
-    """One estimate; `change` is what departs from the base."""
-    import jax
-
-    import llc_jax
-    from llc_jax.losses import RegressionLoss, RegressionPrefixLoss
-
-    base = {
-        name: getattr(config, name)
-        for name in ("num_data", "batch_size", "seed", "step_size", "localization", "num_draws",
-                     "num_burnin")
-    }  # fmt: skip
-    s = {**base, "loss": "mean", **change}
-    data = train_regression.draw(task, s["num_data"], config.data_seed)
-    loss = RegressionLoss(model) if s["loss"] == "mean" else RegressionPrefixLoss(model)
-    return llc_jax.estimate_llc(
-        jax.random.key(s["seed"]), loss, params, data, step=step,
-        sampler=llc_jax.SGLD(s["step_size"]), nbeta=config.nbeta, localization=s["localization"],
-        num_chains=config.num_chains, num_draws=s["num_draws"], num_burnin=s["num_burnin"],
-        batch_size=s["batch_size"], grad_accum=config.grad_accum, num_probes=0,
-    )  # fmt: skip
-
-
-def record(estimate) -> dict:
-    """What is kept of an estimate: the value, its error, and what λ̂ was after fewer draws."""
-    finite = estimate.diverged_at < 0
-    gaps = estimate.losses[finite].astype(float) - estimate.anchor_losses[finite]
-    kept = np.unique(np.linspace(1, gaps.shape[1], TRACE_POINTS).astype(int))
-    mean = gaps.mean(axis=0) if finite.any() else np.full(gaps.shape[1], np.nan)
-    running = np.cumsum(mean)[kept - 1] / kept * estimate.settings["nbeta"]
-    return {
-        "llc": estimate.mean, "stderr": estimate.stderr, "rhat": estimate.rhat,
-        "verdict": estimate.verdict, "num_burnin": estimate.burnin_losses.shape[1],
-        "draws": kept + estimate.burnin_losses.shape[1], "running": running,
-        "distance": estimate.distance.mean(),
-    }  # fmt: skip
-
-
-def grid(config: Config, params, task, model, step: int) -> list[dict]:
-    """The grid of step size, nβ and γ as one program."""
-    import jax
-
-    import llc_jax
-    from llc_jax.losses import RegressionLoss
-
-    data = train_regression.draw(task, config.num_data, config.data_seed)
-    factors = [np.array(numbers(getattr(config, name))) for name in
-               ("step_factors", "nbeta_factors", "localization_factors")]  # fmt: skip
-    steps, nbetas, gammas = (
-        base * f.reshape([-1 if i == axis else 1 for i in range(3)])
-        for axis, (base, f) in enumerate(
-            zip((config.step_size, config.nbeta, config.localization), factors, strict=True)
-        )
-    )
-    found = llc_jax.estimate_llc_over_settings(
-        jax.random.key(config.seed), RegressionLoss(model), params, data, step=step,
-        sampler=llc_jax.SGLD(steps), nbeta=nbetas, localization=gammas,
-        num_chains=config.num_chains, num_draws=config.num_draws, num_burnin=config.num_burnin,
-        batch_size=config.batch_size, grad_accum=config.grad_accum,
-        setting_batch=config.setting_batch or None, num_probes=0,
-    )  # fmt: skip
-    names = ("step_size", "nbeta", "localization")
-    return [{name: e.settings[name] for name in names} | record(e) for e in found.ravel()]
 
 
 def run(config: Config, phase: str = "variations") -> None:
@@ -197,10 +111,10 @@ def run(config: Config, phase: str = "variations") -> None:
     from llc_jax.variation_figures import failures_figure, grid_figure, variations_figure
 
     folder = folder_of(config)
-    model, task = train_regression.setting(train_regression.load_config(config.workdir))
+    subject = variations.subject_of(config)
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
     every = workdir.good_steps(kept)
-    work = variations(config)
+    work = variations.around(config, subject)
     checks.at_least("num_checkpoints", config.num_checkpoints, 1)
     for name in ("num_chains", "num_draws", "grad_accum"):
         checks.at_least(name, getattr(config, name), 1)
@@ -223,7 +137,7 @@ def run(config: Config, phase: str = "variations") -> None:
         work = [(*v, s) for v in work for s in steps]
         work += [
             ("failure", name, change, step)
-            for name, (step, change) in failures(config, steps[0], steps[-1]).items()
+            for name, (step, change) in variations.failures(config, steps[0], steps[-1]).items()
         ]
         work += [("grid", "", {}, steps[-1])]
         work = [w for w in work if (w[0], str(w[1]), w[3]) not in done]
@@ -233,9 +147,11 @@ def run(config: Config, phase: str = "variations") -> None:
                 params = kept.restore_params(step)
                 head = {"what": what, "value": value, "step": step}
                 if what == "grid":
-                    found = {"grid": grid(config, params, task, model, step)}
+                    found = {"grid": variations.grid(config, params, subject, step)}
                 else:
-                    found = record(measure(config, params, task, model, step, change))
+                    found = variations.record(
+                        variations.measure(config, params, subject, step, change)
+                    )
                 workdir.append_jsonl(path, head | found)
                 yield count, f" {what} {value} at step {step}", None
 

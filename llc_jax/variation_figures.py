@@ -10,6 +10,7 @@ from llc_jax import figures
 
 TITLES = {
     "num_data": "sequences in the data set", "batch_size": "sequences per minibatch",
+    "evaluation": "sequences to evaluate a draw on (0: its minibatch)",
     "loss": "loss function", "seed": "seed of the chains",
 }  # fmt: skip
 
@@ -21,11 +22,15 @@ def variations_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
       records: with "what", "value", "step", "llc" and "stderr".
     """
     kept = [r for r in records if r["what"] in TITLES]
-    figure = figures.InlineFigure(figsize=(9.6, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    varied = [what for what in TITLES if any(r["what"] == what for r in kept)]
+    rows = -(-len(varied) // 2)
+    figure = figures.InlineFigure(figsize=(9.6, 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, sharey=True, squeeze=False)
     every = [r["step"] for r in kept]
-    for ax, (what, title) in zip(axes.flat, TITLES.items(), strict=True):
-        mine = [r for r in kept if r["what"] == what]
+    for ax in axes.flat[len(varied) :]:
+        ax.remove()
+    for ax, what in zip(axes.flat, varied, strict=False):
+        mine, title = [r for r in kept if r["what"] == what], TITLES[what]
         values = list(dict.fromkeys(r["value"] for r in mine))
         for value, color in zip(values, figures.shades(len(values)), strict=True):
             line = sorted((r for r in mine if r["value"] == value), key=lambda r: r["step"])
@@ -38,8 +43,6 @@ def variations_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
         figures.dress(ax)
         ax.legend(frameon=False, fontsize=8)
         figures.log_step_axis(ax, min(every), max(every))
-    for ax in axes[0]:
-        ax.set_xlabel("")
     for ax in axes[:, 0]:
         ax.set_ylabel(f"{figures.LLC} ± 1 s.e.")
     return figure

@@ -34,7 +34,7 @@ from experiments import workdir as workdirs
 from experiments.training import schedule
 from llc_jax import files, results, structure_figures
 from llc_jax.checkpoints import CheckpointDir
-from llc_jax.losses import RegressionLoss, RegressionTokenLosses
+from llc_jax.losses import RegressionLoss, RegressionPrefixLoss, RegressionTokenLosses
 from llc_jax.metrics import regression
 from llc_jax.models.regression import predictions
 
@@ -274,25 +274,45 @@ def test_variations_of_the_settings(copy):
     folder = copy / "variations"
     lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
     records = workdirs.read_jsonl(folder / "records.jsonl")
-    assert len(records) == 5 + 5 + 1
+    assert len(records) == 1 + 1 + 2 + 2 + 1 + 5 + 1
     [dead] = [r for r in records if "diverge" in str(r["value"])]
     assert dead["llc"] is None
     assert "diverged" in dead["verdict"]
     [still] = [r for r in records if "do not move" in str(r["value"])]
     assert abs(still["llc"]) < 0.5
-    [mean] = [r for r in records if r["value"] == "mean"]
+
+    # Every other record is what the library says at settings that differ in one place.
     model, task = train_regression.setting(train_config(copy))
     step = schedule(train_config(copy))[-1]
-    estimate = llc_jax.estimate_llc(
-        jax.random.key(config.seed), RegressionLoss(model),
-        CheckpointDir(copy / "checkpoints").restore_params(step),
-        train_regression.draw(task, config.num_data, config.data_seed), step=step,
-        sampler=llc_jax.SGLD(config.step_size), nbeta=config.nbeta,
-        localization=config.localization, num_chains=config.num_chains,
-        num_draws=config.num_draws, num_burnin=config.num_burnin, batch_size=config.batch_size,
-        num_probes=0,
-    )  # fmt: skip
-    assert mean["llc"] == pytest.approx(estimate.mean, rel=1e-5)
+    params = CheckpointDir(copy / "checkpoints").restore_params(step)
+    mean, prefix = RegressionLoss(model), RegressionPrefixLoss(model)
+
+    def estimate(loss=mean, num_data=config.num_data, seed=config.seed, batch_size=None, **more):
+        return llc_jax.estimate_llc(
+            jax.random.key(seed), loss, params,
+            train_regression.draw(task, num_data, config.data_seed), step=step,
+            sampler=llc_jax.SGLD(config.step_size), nbeta=config.nbeta,
+            localization=config.localization, num_chains=config.num_chains,
+            num_draws=config.num_draws, num_burnin=config.num_burnin,
+            batch_size=batch_size or config.batch_size, num_probes=0, **more,
+        )  # fmt: skip
+
+    other = train_regression.draw(task, 64, config.data_seed + 1)
+    there = estimate(collect=lambda params, batch: mean(params, other).mean())
+    rise = there.collected[:, config.num_burnin :].mean() - float(mean(params, other).mean())
+    expected = {
+        ("num_data", 32): estimate(num_data=32).mean,
+        ("batch_size", 16): estimate(batch_size=16).mean,
+        ("evaluation", 0): estimate().mean,
+        ("evaluation", 64): config.nbeta * rise,
+        ("loss", "mean"): estimate().mean,
+        ("loss", "random prefix"): estimate(prefix).mean,
+        ("seed", 3): estimate(seed=3).mean,
+    }
+    found = {(r["what"], r["value"]): r["llc"] for r in records if r["step"] == step}
+    assert len(set(expected.values())) == len(expected) - 1  # only the base is there twice
+    for what, value in expected.items():
+        assert found[what] == pytest.approx(value, rel=1e-4), what
     [grid] = [r["grid"] for r in records if r["what"] == "grid"]
     assert [cell["nbeta"] for cell in grid] == pytest.approx([config.nbeta, 3 * config.nbeta])
     # Killed within a line: the rest is redone, and nothing else.
