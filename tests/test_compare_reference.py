@@ -167,11 +167,11 @@ def write_behavior(folder, shift=0.0, **settings):
     (folder / "config.json").write_text(json.dumps({"config": measured}))
 
 
-def write_estimates(folder, values, parts):
+def write_estimates(folder, values, parts, stderr=40.0):
     for i, step in enumerate(STEPS):
         found = {
-            "llc": values[i], "stderr": 0.5, "per_chain": ("chain", np.full(2, values[i])),
-            "parts": ("part", parts[i]), "parts_stderr": ("part", np.full(8, 0.25)),
+            "llc": values[i], "stderr": stderr, "per_chain": ("chain", np.full(2, values[i])),
+            "parts": ("part", parts[i]), "parts_stderr": ("part", 30.0 + np.arange(8)),
         }  # fmt: skip
         results.save(folder, step, xarray.Dataset(found))
 
@@ -207,7 +207,9 @@ def half_band(quantity, number):
     """With standard errors in squares: those of 1,024 and of 8,192 sequences for far ones."""
     if quantity.startswith(("loss, inputs", "loss, tasks")):
         return np.sqrt(number**2 + 9 * (1 + 1024 / 8192))
-    return np.hypot(number, {"LLC": 0.5, "LLC by example": 0.25}.get(quantity.split(":")[0], 0))
+    if quantity.startswith("LLC by example: "):
+        return np.hypot(number, 29 + int(quantity[-1]))
+    return np.hypot(number, 40) if quantity == "LLC" else number
 
 
 def number(column, file="behavior", layer=""):
@@ -319,7 +321,7 @@ def test_quiet_sequences_are_held_beside_what_was_recorded_on_such(run, no_stage
 def test_boundaries_are_those_of_each_curve(run, no_panels):
     root = compare_reference.pathlib.Path(run.workdir)
     bump = 50 * np.exp(-((np.log1p(STEPS) - np.log1p(1000)) ** 2) / 2)
-    write_estimates(root / "other", bump, np.zeros((STEPS.size, 8)))
+    write_estimates(root / "other", bump, np.zeros((STEPS.size, 8)), stderr=0.5)
     pandas.DataFrame(
         {"trace": -bump, "trace_stderr": 0.5, "largest_1": bump},
         index=pandas.Index(STEPS, name="step"),
