@@ -70,7 +70,16 @@ def paper() -> Config:
     )  # fmt: skip
 
 
-PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+def language_small() -> Config:
+    """For `train_language --preset=small`: one temperature, two localizations."""
+    return Config(
+        workdir="runs/language", preset="language_small", num_data=1024, nbeta=500.0,
+        localization=5000.0, step_fractions="0.2,0.4", nbeta_factors="1",
+        localization_factors="1,4", num_checkpoints=2, batch_size=8,
+    )  # fmt: skip
+
+
+PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper, language_small)}
 
 
 def numbers(text: str) -> tuple[float, ...]:

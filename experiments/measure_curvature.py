@@ -62,10 +62,18 @@ def paper() -> Config:
     )  # fmt: skip
 
 
+def language_small() -> Config:
+    """For `train_language --preset=small`; minutes a checkpoint on one core."""
+    return Config(
+        workdir="runs/language", preset="language_small", num_data=64, num_iterations=8,
+        num_probes=3, checkpoint_batch=1,
+    )  # fmt: skip
+
+
 # How much is done at once and where, as against what comes out.
 MEMORY = ("checkpoints", "probe_batch", "micro_batch", "checkpoint_batch")
 
-PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper, language_small)}
 
 
 def folder_of(config: Config) -> pathlib.Path:
