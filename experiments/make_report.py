@@ -43,10 +43,14 @@ def paper() -> Config:
 
 
 PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+TEXTS = (
+    "Texts with every token coloured by how much better or worse it is predicted at the end of a"
+    " stage than at its start, a page for each stage, beside this one:"
+)
 
 
 def run(config: Config, phase: str = "report") -> None:
-    """Writes `report.html`, `results.csv` and `figures/*.png`, unless they are up to date."""
+    """Writes `report.html`, `results.csv` and `figures/*`, unless they are up to date."""
     from llc_jax.files import read_json, write_atomic, write_json
 
     root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
@@ -62,7 +66,8 @@ def run(config: Config, phase: str = "report") -> None:
 
     contents = {name: read_json(path) for name, path in records.items()}
     found = make_figures.load(config)
-    drawn = make_figures.page(found)
+    drawn, texts = make_figures.page(found), make_figures.texts(config, found)
+    places = [f"figures/{name}.html" for name in texts]
     html = report.render(
         title=f"Loss landscape of {root.name}: {setting.title}",
         sweep=found.sweep,
@@ -75,7 +80,10 @@ def run(config: Config, phase: str = "report") -> None:
             "estimates (SHA-256)": contents["stages"]["inputs"],
         },
         command="\n".join(content["command"] for content in contents.values()),
+        extra_sections=[("Texts", TEXTS, *places)] if places else [],
     )
+    for name, text in texts.items():
+        write_atomic(root / "figures" / f"{name}.html", text)
     for name, figure in drawn.items():
         write_atomic(root / "figures" / f"{name}.png", figures.png(figure))
     write_atomic(root / "results.csv", report.results_csv(found.sweep))

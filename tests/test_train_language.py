@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 import shutil
 
 import jax
@@ -17,6 +18,7 @@ from experiments import (
     make_report,
     measure_curvature,
     measure_language,
+    measure_trajectory,
     measuring,
     settings,
     train_language,
@@ -26,6 +28,9 @@ from experiments import workdir as workdirs
 from experiments.training import schedule
 from llc_jax import results
 from llc_jax.checkpoints import CheckpointDir
+from llc_jax.data.synthetic_language import predictive, sample
+from llc_jax.language_losses import LanguageTokenLosses
+from llc_jax.metrics.language_datasets import octave_ranges
 
 SMOKE = dataclasses.replace(
     train_language.PRESETS["smoke"], num_steps=40, block=10, num_log=4, num_linear=2
@@ -44,7 +49,12 @@ def text(tmp_path_factory):
     """A run on a file of text, in which one word follows another with certainty."""
     root = tmp_path_factory.mktemp("text")
     # Words of 2, 3 and 4 tokens: a letter that begins many words, and letters that do not pair up.
-    documents = ["one two three four five six seven eight nine ten. " * 12 + "tz tzq tzqv."] * 80
+    # Documents begin at different words: those held out have rows of their own.
+    count = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten."]
+    documents = [
+        " ".join([*count[i % 10 :], *count * 11, *count[: i % 10], "tz tzq tzqv."])
+        for i in range(80)
+    ]
     (root / "corpus.txt").write_text("<|endoftext|>".join(documents))
     config = dataclasses.replace(
         SMOKE, workdir=str(root / "run"), data=str(root / "corpus.txt"), tokenizer="280",
@@ -106,6 +116,54 @@ def test_the_same_command_repeats_what_is_missing_bitwise(text, tmp_path):
         train_language.run(dataclasses.replace(copy, learning_rate=0.02))
 
 
+class Losses:
+    """Losses [B, L - 1] of the checkpoint at a step, by the library."""
+
+    def __init__(self, training):
+        self.kept = CheckpointDir(pathlib.Path(training.workdir) / "checkpoints")
+        self.of = LanguageTokenLosses(train_language.model(training))
+
+    def __call__(self, step, rows):
+        return np.asarray(self.of(self.kept.restore_params(step), {"tokens": rows}))
+
+
+def held_out(training, seed, count):
+    if training.data == "synthetic":
+        key = jax.random.split(jax.random.key(seed))[0]
+        return np.asarray(sample(key, train_language.language(training), count)["tokens"])
+    return train_language.tokens(training).heldout[:count]
+
+
+def assert_path_is_that_of_log_probs(training, config, losses):
+    """Components of the log-probabilities of one token of each held-out sequence."""
+    steps, pca, names, _ = measure_trajectory.load(measure_trajectory.folder_of(config))
+    assert steps.tolist() == schedule(training)
+    rows = held_out(training, config.seed, config.num_sequences)
+    at = (
+        np.arange(len(rows)),
+        np.random.default_rng(config.seed).integers(
+            rows.shape[1] - 1, size=len(rows), dtype=np.int32
+        ),
+    )
+    points = [-losses(step, rows)[at] for step in steps]
+    points.append(np.full(len(rows), -math.log(train_language.vocabulary(training))))
+    expected = ["uniform"]
+    if training.data == "synthetic":
+        expected += ["unigram", "bigram", "trigram", "repeated bigram", "exact"]
+        law = predictive(train_language.language(training), rows)
+        points.append(np.asarray(law)[(*at, rows[at[0], at[1] + 1])])
+    assert names == expected
+    points = np.array(points, float)
+    centred = points - points[: steps.size].mean(axis=0)
+    _, values, vectors = np.linalg.svd(centred[: steps.size], full_matrices=False)
+    np.testing.assert_allclose(pca.explained, values[:3] ** 2 / np.sum(values**2), rtol=1e-3)
+    scores = np.abs(centred @ vectors[:3].T)
+    size = np.abs(scores).max()
+    found = np.abs(pca.scores)
+    np.testing.assert_allclose(found[: steps.size + 1], scores[: steps.size + 1], atol=1e-3 * size)
+    np.testing.assert_allclose(found[-1], scores[-1], atol=1e-3 * size)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["synthetic", "text"])
 def test_estimates_curvature_stages_and_report(which, request):
@@ -136,18 +194,56 @@ def test_estimates_curvature_stages_and_report(which, request):
     assert (behavior.bigram_score >= behavior.bigram_floor).all()
     heads = pandas.read_csv(measuring.folder_of(asked) / "heads.csv")
     assert len(heads) == len(behavior) * training.num_layers * training.num_heads
+    pairs = pandas.read_csv(measuring.folder_of(asked) / "composition.csv")
+    assert len(pairs) == len(behavior) * training.num_heads**2
+    losses = Losses(training)
+    rows = held_out(training, asked.seed, 16)
+    for line, step in [(0, 0), (-1, training.num_steps)]:
+        of_rows = losses(step, rows).mean(axis=0)
+        assert behavior.mean_loss.iloc[line] == pytest.approx(of_rows.mean(), rel=1e-5)
+        for (first, last), name in zip(
+            octave_ranges(training.context - 1), behavior.filter(regex="^loss_"), strict=True
+        ):
+            mean = of_rows[first - 1 : last].mean()
+            assert behavior[name].iloc[line] == pytest.approx(mean, rel=1e-5)
+    # They are not those of the sequences it was trained on.
+    if which == "text":
+        trained_on = losses(step, train_language.tokens(training).train[:16])
+        assert abs(trained_on.mean() / behavior.mean_loss.iloc[-1] - 1) > 1e-3
+    tracing = dataclasses.replace(
+        measure_trajectory.PRESETS["smoke"], **common, num_sequences=12, log_probs=True, block=5
+    )
+    measure_trajectory.run(tracing)
+    assert_path_is_that_of_log_probs(training, tracing, losses)
+    with pytest.raises(ValueError, match="all_outputs=True: not for a run of train_language"):
+        measure_trajectory.run(dataclasses.replace(tracing, all_outputs=True))
     find_stages.run(dataclasses.replace(find_stages.PRESETS["smoke"], **common))
     make_report.run(dataclasses.replace(make_report.PRESETS["smoke"], **common))
     page = (pathlib.Path(training.workdir) / "report.html").read_text()
     for heading in ("attention-only language model", "Heads", "λ̂ of early and late tokens"):
         assert heading in page
-    make_figures.run(dataclasses.replace(make_figures.PRESETS["smoke"], **common))
+    assert "figures/texts_stage_1.html" in page
+    assert (pathlib.Path(training.workdir) / "figures" / "texts_stage_1.html").exists()
+    make_figures.run(
+        dataclasses.replace(make_figures.PRESETS["smoke"], **common, published_init=True)
+    )
     drawn = pathlib.Path(training.workdir) / "figures"
-    assert (drawn / "composition.png").exists()
+    for name in ("composition", "embedding", "trajectory", "published_init"):
+        assert (drawn / f"{name}.png").exists()
     stages = find_stages.load_stages(pathlib.Path(training.workdir) / sampling.name / "stages.json")
-    pages = [(drawn / f"texts_stage_{i + 1}.html").read_text() for i in range(len(stages))]
-    assert all("what steps" in page for page in pages)
-    assert pages
+    assert stages
+    for number, stage in enumerate(stages, 1):
+        text = (drawn / f"texts_stage_{number}.html").read_text()
+        # Boundaries lie between checkpoints; of these the nearest counts.
+        first, last = (
+            min(schedule(training), key=lambda step, at=at: abs(step - at))
+            for at in (stage.start, stage.end)
+        )
+        assert f"what steps {first:,} to {last:,} changed" in text
+        better = losses(first, rows[:3]) - losses(last, rows[:3])
+        shown = re.findall(r'title="(?:first token|([^"]+) nats)"', text.partition("<h1")[2])
+        shown = [float(x.replace("−", "-")) for x in shown if x]
+        np.testing.assert_allclose(shown[-better.size :], better.ravel(), rtol=6e-3, atol=1e-4)
 
 
 def test_a_run_of_one_kind_is_not_taken_for_the_other(synthetic):
