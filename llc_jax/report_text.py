@@ -88,10 +88,11 @@ CAPTIONS = {
     " switched off; shares of the singular values of both embeddings, squared; how much of the"
     " token embedding lies in the span of the position embeddings; and the map from the last layer"
     " norm to the prediction.",
-    "trajectory": "The predictions on fixed sequences, projected on their principal components"
-    " over the run (dots: checkpoints). Circles touch the path; the thin line through their centres"
-    " is its evolute; both are left out if there are few checkpoints. Below, the components over"
-    " training.",
+    "trajectory": "The predictions on fixed sequences (of a language model the logit or the"
+    " log-probability of the next token at one place of each), projected on their principal"
+    " components over the run (dots: checkpoints). Circles touch the path; the thin"
+    " line through their centres is its evolute; both are left out if there are few checkpoints."
+    " Below, the components over training.",
     "curvature": "Curvature at the checkpoints themselves, under λ̂ and its stages. What λ̂ would"
     " be if the loss were its quadratic form around the checkpoint, at the same nbeta and"
     " localization: where the two differ, second order misses something. Below, trace and"
