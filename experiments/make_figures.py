@@ -274,6 +274,17 @@ def texts(config, found: Material) -> dict[str, str]:
     return pages
 
 
+def write_texts(folder: pathlib.Path, pages: dict[str, str]) -> None:
+    """Writes what `texts` returned; pages of stages that are no more go."""
+    from llc_jax.files import write_atomic
+
+    for old in folder.glob("texts_stage_*.html"):
+        if old.stem not in pages:
+            old.unlink()
+    for name, html in pages.items():
+        write_atomic(folder / f"{name}.html", html)
+
+
 def run(config: Config, phase: str = "figures") -> None:
     """Writes `figures/*.png`."""
     from llc_jax.figures import png
@@ -287,8 +298,7 @@ def run(config: Config, phase: str = "figures") -> None:
         drawn["published_init"] = published_init_figure(found.sweep, stages=found.stages)
     for name, figure in drawn.items():
         write_atomic(folder / f"{name}.png", png(figure))
-    for name, html in texts(config, found).items():
-        write_atomic(folder / f"{name}.html", html)
+    write_texts(folder, texts(config, found))
     cli.say(f"{phase}: wrote {len(drawn)} figures to {folder}")
 
 

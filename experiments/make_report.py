@@ -67,7 +67,7 @@ def run(config: Config, phase: str = "report") -> None:
     contents = {name: read_json(path) for name, path in records.items()}
     found = make_figures.load(config)
     drawn, texts = make_figures.page(found), make_figures.texts(config, found)
-    places = [f"figures/{name}.html" for name in texts]
+    places = [pathlib.PurePosixPath("figures", f"{name}.html") for name in texts]
     html = report.render(
         title=f"Loss landscape of {root.name}: {setting.title}",
         sweep=found.sweep,
@@ -82,8 +82,7 @@ def run(config: Config, phase: str = "report") -> None:
         command="\n".join(content["command"] for content in contents.values()),
         extra_sections=[("Texts", TEXTS, *places)] if places else [],
     )
-    for name, text in texts.items():
-        write_atomic(root / "figures" / f"{name}.html", text)
+    make_figures.write_texts(root / "figures", texts)
     for name, figure in drawn.items():
         write_atomic(root / "figures" / f"{name}.png", figures.png(figure))
     write_atomic(root / "results.csv", report.results_csv(found.sweep))

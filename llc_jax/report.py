@@ -8,7 +8,9 @@ files alike.
 import base64
 import html
 import math
+import pathlib
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +61,8 @@ def render(
       versions: package -> version.
       hashes: file or data set -> hash.
       command: shell line or lines that reproduce the run.
-      extra_sections: (heading, content, ...) where each content is a Figure or a text.
+      extra_sections: (heading, content, ...) where each content is a Figure, a text, or a relative
+        path, which becomes a link.
 
     Returns:
       HTML, for `files.write_atomic`.
@@ -212,11 +215,16 @@ def _warnings(sweep) -> str:
     return "\n".join(blocks)
 
 
-def _section(heading: str, contents: Sequence[Figure | str]) -> str:
+def _section(heading: str, contents: Sequence[Figure | str | pathlib.PurePath]) -> str:
     blocks = [f"<h2>{_text(heading)}</h2>"]
     for content in contents:
-        figure = isinstance(content, Figure)
-        blocks.append(_figure(heading, content) if figure else f"<p>{_text(content)}</p>")
+        if isinstance(content, Figure):
+            blocks.append(_figure(heading, content))
+        elif isinstance(content, pathlib.PurePath):
+            place = urllib.parse.quote(content.as_posix())
+            blocks.append(f'<p><a href="{place}">{_text(content.as_posix())}</a></p>')
+        else:
+            blocks.append(f"<p>{_text(content)}</p>")
     return "\n".join(blocks)
 
 

@@ -8,6 +8,7 @@ import html
 import html.parser
 import io
 import os
+import pathlib
 import re
 
 import numpy as np
@@ -158,6 +159,12 @@ def test_extra_sections_hold_figures_and_texts():
     page = Page(render(make_sweep(), extra_sections=[("Curvature", Figure(), "One.", "Two.")]))
     assert page.text.index("Curvature") < page.text.index("One.") < page.text.index("Two.")
     assert len(page.links) == 3
+
+
+def test_a_path_becomes_a_link():
+    hostile = pathlib.PurePosixPath('a"b', "<c d>.html")
+    text = render(make_sweep(), extra_sections=[("Texts", hostile)])
+    assert '<a href="a%22b/%3Cc%20d%3E.html">a&quot;b/&lt;c d&gt;.html</a>' in text
 
 
 def test_csv_round_trips():

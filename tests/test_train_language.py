@@ -222,7 +222,7 @@ def test_estimates_curvature_stages_and_report(which, request):
     page = (pathlib.Path(training.workdir) / "report.html").read_text()
     for heading in ("attention-only language model", "Heads", "λ̂ of early and late tokens"):
         assert heading in page
-    assert "figures/texts_stage_1.html" in page
+    assert 'href="figures/texts_stage_1.html"' in page
     assert (pathlib.Path(training.workdir) / "figures" / "texts_stage_1.html").exists()
     make_figures.run(
         dataclasses.replace(make_figures.PRESETS["smoke"], **common, published_init=True)
