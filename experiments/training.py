@@ -136,7 +136,7 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
             cli.say(f"{phase}: all {config.num_steps} steps are done")
             return
         made = recipe() if cli.is_main() else None
-        parallel.from_process_zero(np.zeros(0, np.int32))  # the others read what it has prepared
+        parallel.wait_for_all("the data is prepared")  # by process 0; the others read it
         init, loss_fn, batch_fn, optimizer, tokens_per_step = made or recipe()
         init_key, data_key = jax.random.split(jax.random.key(config.seed))
         state = train.init_state(init(init_key), optimizer)

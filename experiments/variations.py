@@ -93,18 +93,22 @@ def failures(config, first: int, last: int) -> dict[str, tuple[int, dict]]:
     }  # fmt: skip
 
 
-def measure(config, params, subject: Subject, step: int, change: dict):
-    """One estimate; `change` is what departs from the base."""
-    import jax
-
-    import llc_jax
-
+def resolved(config, change: dict) -> dict:
+    """The settings of an estimate; `change` is what departs from the base."""
     base = {
         name: getattr(config, name)
         for name in ("num_data", "batch_size", "seed", "step_size", "localization", "num_draws",
                      "num_burnin")
     }  # fmt: skip
-    s = {**base, "loss": "mean", "fixed": 0, **change}
+    return {**base, "loss": "mean", "fixed": 0, **change}
+
+
+def measure(config, params, subject: Subject, step: int, s: dict):
+    """One estimate at the settings `resolved` returns."""
+    import jax
+
+    import llc_jax
+
     fixed = subject.fixed.get(s["fixed"])
     estimate = llc_jax.estimate_llc(
         jax.random.key(s["seed"]), subject.losses[s["loss"]], params,

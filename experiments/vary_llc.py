@@ -142,6 +142,8 @@ def run(config: Config, phase: str = "variations") -> None:
         work += [("grid", "", {}, steps[-1])]
         work = [w for w in work if (w[0], str(w[1]), w[3]) not in done]
 
+        known = {}
+
         def finish():
             for count, (what, value, change, step) in enumerate(work, 1):
                 params = kept.restore_params(step)
@@ -149,9 +151,12 @@ def run(config: Config, phase: str = "variations") -> None:
                 if what == "grid":
                     found = {"grid": variations.grid(config, params, subject, step)}
                 else:
-                    found = variations.record(
-                        variations.measure(config, params, subject, step, change)
-                    )
+                    s = variations.resolved(config, change)
+                    key = (step, *s.values())  # the base is a value of every variation
+                    if key not in known:
+                        estimate = variations.measure(config, params, subject, step, s)
+                        known[key] = variations.record(estimate)
+                    found = known[key]
                 workdir.append_jsonl(path, head | found)
                 yield count, f" {what} {value} at step {step}", None
 

@@ -109,6 +109,15 @@ def from_process_zero(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded))
 
 
+def wait_for_all(place: str) -> None:
+    """Returns when every process has come to the place of this name."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(place)
+
+
 def start_distributed(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
