@@ -48,10 +48,8 @@ def quickstart() -> Config:
 
 
 def small() -> Config:
-    """Under an hour."""
-    return Config(
-        workdir="runs/small", preset="small", num_data=512, num_deflated=24, num_iterations=16,
-    )  # fmt: skip
+    """Some seconds a checkpoint on two cores."""
+    return Config(workdir="runs/small", preset="small", num_data=512)
 
 
 def paper() -> Config:

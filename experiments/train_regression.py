@@ -52,10 +52,10 @@ def quickstart() -> Config:
 
 
 def small() -> Config:
-    """Under an hour without an accelerator."""
+    """Ten minutes on two cores: with all that follows, two seeds in under an hour."""
     return Config(
-        workdir="runs/small", preset="small", num_steps=40_000, batch_size=128,
-        num_log=30, num_linear=20, block=1000,
+        workdir="runs/small", preset="small", num_steps=16_000, batch_size=128,
+        num_log=24, num_linear=16, block=1000,
     )  # fmt: skip
 
 

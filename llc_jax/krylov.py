@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llc_jax.hessian import HessianProduct
 from llc_jax.lanczos import Tridiagonal, lanczos
+from llc_jax.vectorize import map_in_batches
 from llc_jax.vectors import Layout
 
 
@@ -53,7 +54,7 @@ def quadratic_forms(rng_key, operator, layout, num_probes, probe_batch):
         signs = project(jax.random.rademacher(key, (layout.size,), layout.dtype))
         return jnp.vdot(signs, product(signs))
 
-    return jax.lax.map(one, jnp.arange(num_probes), batch_size=probe_batch)
+    return map_in_batches(one, jnp.arange(num_probes), probe_batch)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -81,7 +82,7 @@ def tridiagonals(rng_key, operator, layout, plan) -> tuple[Tridiagonal | None, T
         key = jax.random.fold_in(rng_key, probe)
         return _run(key, product, outside, layout, plan.num_iterations)[0]
 
-    return deflated, jax.lax.map(one, jnp.arange(plan.num_probes), batch_size=plan.probe_batch)
+    return deflated, map_in_batches(one, jnp.arange(plan.num_probes), plan.probe_batch)
 
 
 def _run(rng_key, product, project, layout, num_iterations) -> tuple[Tridiagonal, jax.Array]:

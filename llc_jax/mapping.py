@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llc_jax import checks, parallel
+from llc_jax import checks, parallel, vectorize
 from llc_jax.types import Params
 
 
@@ -75,7 +75,7 @@ def map_checkpoints(
 def _apply(steps, checkpoints, args, *, function, mesh):
     """Each device has checkpoints of its own and never talks to another."""
     return jax.shard_map(
-        lambda steps, checkpoints, args: jax.vmap(
+        lambda steps, checkpoints, args: vectorize.vmap(
             lambda step, params: function(step, params, *args)
         )(steps, checkpoints),
         mesh=mesh,

@@ -14,6 +14,7 @@ from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss, mean_parts
 from llc_jax.stability import Tridiagonal, stability_matrix
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
+from llc_jax.vectorize import map_in_batches, vmap
 
 
 class Plan(NamedTuple):
@@ -267,9 +268,9 @@ def sample(
                     parts_fn, collect,
                 )  # fmt: skip
 
-            return init_loss, jax.lax.map(one_chain, chains, batch_size=plan.chain_batch)
+            return init_loss, map_in_batches(one_chain, chains, plan.chain_batch)
 
-        return jax.vmap(one_checkpoint)(steps, checkpoints, sampler, nbeta, localization)
+        return vmap(one_checkpoint)(steps, checkpoints, sampler, nbeta, localization)
 
     lane = P(CHECKPOINT)
     return jax.shard_map(

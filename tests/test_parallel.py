@@ -141,6 +141,16 @@ def test_the_program_has_no_collectives_and_splits_both_axes(rows, columns, monk
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 2 // rows
 
 
+def test_the_program_of_one_chain_multiplies_matrices_not_stacks_of_one(monkeypatch):
+    positional, named = arguments_of_sample(
+        monkeypatch, mesh_of(1, 1), perceptron, layers, num_chains=1
+    )
+    lines = sample.lower(*positional, **named).as_text().splitlines()
+    products = [line for line in lines if "stablehlo.dot_general" in line]
+    assert products
+    assert not [line for line in products if "batching_dims" in line]
+
+
 # --- meshes -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,43 @@
+"""The mapped functions are those of JAX, without an axis of length one in their products."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llc_jax import vectorize
+
+
+def product(trees, matrix):
+    return {"product": trees["a"] @ matrix}
+
+
+def shapes_of_products(function, *args):
+    """Of the result of every matrix product of the program, loops included."""
+    text = str(jax.make_jaxpr(function)(*args))
+    return set(re.findall(r"f32\[([\d,]+)\] = dot_general", text))
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_vmap_is_that_of_jax(length):
+    a, b = (jax.random.normal(jax.random.key(i), (length, 4, 4)) for i in (0, 1))
+    found = vectorize.vmap(product)({"a": a}, b)
+    assert found["product"].shape == (length, 4, 4)
+    np.testing.assert_allclose(found["product"], jnp.einsum("nij,njk->nik", a, b), rtol=1e-6)
+    shapes = shapes_of_products(vectorize.vmap(product), {"a": a}, b)
+    assert shapes == {"4,4" if length == 1 else "3,4,4"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_map_in_batches_is_that_of_jax(batch_size):
+    xs = jax.random.normal(jax.random.key(0), (5, 4, 4))
+
+    def mapped(xs):
+        return vectorize.map_in_batches(lambda x: x @ x, xs, batch_size)
+
+    np.testing.assert_allclose(mapped(xs), jnp.einsum("nij,njk->nik", xs, xs), rtol=1e-6)
+    # Of 5 in batches of 2, one is left over: JAX maps it as a batch of its own.
+    shapes = {1: {"4,4"}, 2: {"2,4,4", "1,4,4"}, 5: {"5,4,4"}}
+    assert shapes_of_products(mapped, xs) == shapes[batch_size]
