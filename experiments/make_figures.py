@@ -3,7 +3,8 @@
     python -m experiments.make_figures --workdir=runs/quickstart
 
 Loss and λ̂ over training, λ̂ of every token, chains, slopes; and where there are results for them,
-curvature, behaviour, structure, attention of every head, layer norms, the path in function space.
+curvature, behaviour, structure, attention of every head, layer norms, the path in function space,
+and how λ̂ depends on the settings.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from experiments import (
     settings,
     train_language,
     train_regression,
+    vary_llc,
     workdir,
 )
 from experiments.cli import option
@@ -296,6 +298,9 @@ def run(config: Config, phase: str = "figures") -> None:
     drawn = page(found) | more(found)
     if config.published_init:
         drawn["published_init"] = published_init_figure(found.sweep, stages=found.stages)
+    varied = vary_llc.folder_of(config)
+    if (varied / "failures.png").exists():  # drawn last: all its estimates are there
+        drawn |= vary_llc.drawn(varied / "records.jsonl")
     for name, figure in drawn.items():
         write_atomic(folder / f"{name}.png", png(figure))
     write_texts(folder, texts(config, found))

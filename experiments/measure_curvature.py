@@ -48,8 +48,8 @@ def quickstart() -> Config:
 
 
 def small() -> Config:
-    """Some seconds a checkpoint on two cores."""
-    return Config(workdir="runs/small", preset="small", num_data=512)
+    """Ten seconds a checkpoint on two cores."""
+    return Config(workdir="runs/small", preset="small")
 
 
 def paper() -> Config:

@@ -15,6 +15,7 @@ within their errors; step size, nβ and γ move the value, so they are fixed for
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +109,6 @@ def run(config: Config, phase: str = "variations") -> None:
     from llc_jax.checkpoints import CheckpointDir
     from llc_jax.figures import png
     from llc_jax.files import read_json, write_atomic
-    from llc_jax.variation_figures import failures_figure, grid_figure, variations_figure
 
     folder = folder_of(config)
     subject = variations.subject_of(config)
@@ -162,11 +162,21 @@ def run(config: Config, phase: str = "variations") -> None:
 
         for _ in cli.progress(finish(), phase, len(work), "estimates"):
             pass
-        records = workdir.read_jsonl(path)
-        write_atomic(folder / "variations.png", png(variations_figure(records)))
-        write_atomic(folder / "grid.png", png(grid_figure(records)))
-        write_atomic(folder / "failures.png", png(failures_figure(records)))
+        for name, figure in drawn(path).items():
+            write_atomic(folder / f"{name}.png", png(figure))
     cli.say(f"{phase}: wrote {folder}/variations.png, grid.png, failures.png")
+
+
+def drawn(path: pathlib.Path) -> dict[str, Any]:
+    """The figures of all records in `records.jsonl`."""
+    from llc_jax.variation_figures import failures_figure, grid_figure, variations_figure
+
+    records = workdir.read_jsonl(path)
+    return {
+        "variations": variations_figure(records),
+        "grid": grid_figure(records),
+        "failures": failures_figure(records),
+    }
 
 
 if __name__ == "__main__":

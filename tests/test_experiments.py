@@ -319,8 +319,10 @@ def test_variations_of_the_settings(copy):
     (folder / "records.jsonl").write_text("".join(lines[:9]) + lines[9][:30])
     vary_llc.run(config)
     assert (folder / "records.jsonl").read_text() == "".join(lines)
+    make_figures.run(dataclasses.replace(make_figures.PRESETS["smoke"], workdir=str(copy)))
     for name in ("variations", "grid", "failures"):
         assert (folder / f"{name}.png").stat().st_size > 0
+        assert (copy / "figures" / f"{name}.png").stat().st_size > 0
 
 
 @pytest.mark.slow
