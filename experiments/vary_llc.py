@@ -69,8 +69,8 @@ def quickstart() -> Config:
 def small() -> Config:
     """Under an hour."""
     return Config(
-        workdir="runs/small", preset="small", num_checkpoints=8, num_data=8192, step_size=5e-5,
-        nbeta=100.0, localization=1000.0, num_chains=4, num_draws=300, num_burnin=200,
+        workdir="runs/small", preset="small", num_checkpoints=6, num_data=8192, step_size=5e-5,
+        nbeta=100.0, localization=1000.0, num_draws=200, num_burnin=120,
         data_sizes="512,2048,8192", batch_sizes="16,32,64,128", fixed_sizes="256,1024",
     )  # fmt: skip
 
