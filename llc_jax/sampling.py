@@ -14,7 +14,7 @@ from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss, mean_parts
 from llc_jax.stability import Tridiagonal, stability_matrix
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
-from llc_jax.vectorize import map_in_batches, vmap
+from llc_jax.vectorize import map_in_batches, mean_of_pairs, vmap
 
 
 class Plan(NamedTuple):
@@ -257,7 +257,7 @@ def sample(
             if stream is None:
                 chunk = plan.batch_size // plan.grad_accum
                 reference = anchor_losses(loss_fn, anchor, data, chunk)
-                init_loss = jnp.mean(reference)
+                init_loss = mean_of_pairs(reference)
                 if parts_fn is not None:
                     parts = anchor_losses(parts_fn, anchor, data, chunk)
 

@@ -1,4 +1,4 @@
-"""`jax.vmap` and `jax.lax.map` that leave out axes of length one.
+"""`jax.vmap` and `jax.lax.map` that leave out axes of length one, and a mean that does not notice.
 
 XLA takes such an axis out of matrix products and then lays out their results in another order: with
 it, a chain of the attention-only language model transposed and copied the attention patterns of
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def vmap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,6 +22,20 @@ def vmap(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(lambda x: x[None], one)
 
     return mapped
+
+
+def mean_of_pairs(x: jax.Array) -> jax.Array:
+    """Mean over the leading axis, halves added to each other until one entry is left.
+
+    The order of additions is part of the program, so that the last bit is the same however many
+    of these are mapped: XLA sums a vector in another order than the rows of a matrix.
+    """
+    total, count = x, len(x)
+    while len(total) > 1:
+        half = -(-len(total) // 2)
+        rest = jnp.zeros_like(total[:half]).at[: len(total) - half].set(total[half:])
+        total = total[:half] + rest
+    return total[0] / count
 
 
 def map_in_batches(function: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:

@@ -41,3 +41,15 @@ def test_map_in_batches_is_that_of_jax(batch_size):
     # Of 5 in batches of 2, one is left over: JAX maps it as a batch of its own.
     shapes = {1: {"4,4"}, 2: {"2,4,4", "1,4,4"}, 5: {"5,4,4"}}
     assert shapes_of_products(mapped, xs) == shapes[batch_size]
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 1000])
+def test_mean_of_pairs_has_the_same_bits_mapped_or_not(length):
+    x = jax.random.normal(jax.random.key(0), (3, length)) + 100
+    alone = jax.jit(vectorize.mean_of_pairs)
+    mapped = jax.jit(jax.vmap(vectorize.mean_of_pairs))(x)
+    exact = np.mean(np.asarray(x, np.float64), axis=1)
+    np.testing.assert_array_equal(mapped, [alone(row) for row in x])
+    # log2(n) additions and a division, each to half a unit in the last place.
+    bound = (np.ceil(np.log2(length)) + 1) * 2.0**-24
+    np.testing.assert_allclose(mapped, exact, rtol=bound)
