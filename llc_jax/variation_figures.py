@@ -69,9 +69,9 @@ def grid_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
         i = gammas.index(cell["localization"])
         ax = axes[row, column]
         ax.plot(cell["draws"], _numbers(cell["running"]), color=colors[i], lw=1.2,
-                label=f"γ = {gammas[i]:.3g}")  # fmt: skip
+                label=f"γ = {gammas[i]:,g}")  # fmt: skip
     for row, nbeta in enumerate(nbetas):
-        axes[row, 0].set_ylabel(f"running {figures.LLC}\nnβ = {nbeta:.3g}")
+        axes[row, 0].set_ylabel(f"running {figures.LLC}\nnβ = {nbeta:,g}")
     for column, step in enumerate(steps):
         axes[0, column].set_title(f"ε = {step:.3g}", size=11)
         axes[-1, column].set_xlabel("draw, from the start")
@@ -99,7 +99,7 @@ def failures_figure(records: Iterable[Mapping[str, Any]]) -> Figure:
         if r["num_burnin"]:
             ax.axvspan(0, r["num_burnin"], color="0.5", alpha=0.15, lw=0, label="burn-in")
         if r["llc"] is None:
-            ax.text(0.5, 0.5, "no finite chain", transform=ax.transAxes, ha="center",
+            ax.text(0.5, 0.6, "no finite chain", transform=ax.transAxes, ha="center",
                     color=figures.VERMILLION)  # fmt: skip
         value = "none" if r["llc"] is None else f"{r['llc']:.3g}"
         ax.set_title(
