@@ -67,7 +67,7 @@ def quickstart() -> Config:
 
 
 def small() -> Config:
-    """Under an hour."""
+    """Half an hour of one core."""
     return Config(
         workdir="runs/small", preset="small", num_checkpoints=6, num_data=8192, step_size=5e-5,
         nbeta=100.0, localization=1000.0, num_draws=200, num_burnin=120,
