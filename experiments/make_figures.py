@@ -9,20 +9,15 @@ and how λ̂ depends on the settings.
 
 import dataclasses
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments import (
     cli,
-    estimate_llc,
-    find_stages,
-    measure_curvature,
-    measure_trajectory,
+    material,
     measuring,
-    settings,
     train_language,
     train_regression,
     vary_llc,
-    workdir,
 )
 from experiments.cli import option
 
@@ -43,116 +38,7 @@ PRESETS = {
 }
 
 
-class Material(NamedTuple):
-    """What there is to draw; the last three are None where nothing was measured.
-
-    Attributes:
-      setting: of the run.
-      metrics: lines of the training log.
-      baselines: name -> loss of simple predictors.
-      sweep: estimates, `results.load_sweep`.
-      curve: `SmoothedCurve` of λ̂.
-      stages: of `llc_jax.find_stages`.
-      kernel: of the curve.
-      curvature: step -> `llc_jax.Curvature`, empty if there is none.
-      behavior: `xarray.Dataset`.
-      trajectory: of `measure_trajectory.load`.
-    """
-
-    setting: settings.Setting
-    metrics: list[dict[str, float]]
-    baselines: dict[str, float]
-    sweep: Any
-    curve: Any
-    stages: list
-    kernel: str
-    curvature: dict
-    behavior: Any
-    trajectory: Any
-
-
-def records(config) -> dict[str, pathlib.Path]:
-    """The record of every experiment that this workdir has results of; the first three it must.
-
-    Raises:
-      ValueError: if one of these is missing.
-    """
-    root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
-    needed = {
-        "training": root / "train.json",
-        "estimates": folder / "config.json",
-        "stages": folder / "stages.json",
-    }
-    for name, path in needed.items():
-        if not path.exists():
-            raise ValueError(f"{path} is missing: run the experiment that makes the {name} first.")
-    optional = {
-        "curvature": (measure_curvature.folder_of(config), "records.jsonl", "config.json"),
-        "behavior": (measuring.folder_of(config), "behavior.csv", "config.json"),
-        "trajectory": (measure_trajectory.folder_of(config), "trajectory.csv", "trajectory.json"),
-    }
-    return needed | {
-        name: where / record
-        for name, (where, result, record) in optional.items()
-        if (where / result).exists()
-    }
-
-
-def inputs(config) -> str:
-    """Digest of everything that figures are made of, the code that draws them included."""
-    from llc_jax.files import digest
-    from llc_jax.results import finished_steps, result_path
-
-    root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
-    found = records(config)
-    sources = pathlib.Path(__file__).parents[1] / "llc_jax"
-    behavior, trajectory = measuring.folder_of(config), measure_trajectory.folder_of(config)
-    return digest(
-        [*found.values(), root / "metrics.jsonl"]
-        + sorted([*sources.glob("report*.py"), *sources.glob("*figures.py")])
-        + [*measure_curvature.folder_of(config).glob("records.jsonl")]
-        + [*behavior.glob("behavior.csv"), *trajectory.glob("trajectory.csv")]
-        + [result_path(folder, s) for s in finished_steps(folder)]
-    )
-
-
-def load(config) -> Material:
-    """Reads everything."""
-    from llc_jax import results
-    from llc_jax.files import read_json
-    from llc_jax.smoothing import smooth_curve
-
-    found, folder = records(config), estimate_llc.results_folder(config)
-    sampled, staged = (read_json(found[name]) for name in ("estimates", "stages"))
-    sweep = results.load_sweep(folder)
-    kernel = staged["config"]["kernel"]
-    curve = smooth_curve(
-        sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values, kernel=kernel
-    )
-    data, _ = settings.data_set(
-        config.workdir, sampled["config"]["num_data"], sampled["config"]["data_seed"]
-    )
-    behavior = trajectory = None
-    if "behavior" in found:
-        behavior = results.load(measuring.folder_of(config), "measure_behavior")
-    if "trajectory" in found:
-        trajectory = measure_trajectory.load(measure_trajectory.folder_of(config))
-    setting = settings.load(config.workdir)
-    return Material(
-        setting=setting,
-        metrics=workdir.read_jsonl(pathlib.Path(config.workdir) / "metrics.jsonl"),
-        baselines=setting.baselines(data),
-        sweep=sweep,
-        curve=curve,
-        stages=find_stages.load_stages(found["stages"]),
-        kernel=kernel,
-        curvature=measure_curvature.load(measure_curvature.folder_of(config)),
-        behavior=behavior,
-        trajectory=trajectory,
-    )
-
-
-def page(found: Material) -> dict[str, Any]:
+def page(found: material.Material) -> dict[str, Any]:
     """The figures of the report, in its order."""
     from llc_jax import report
     from llc_jax.curvature_figures import curvature_figure
@@ -182,7 +68,7 @@ def page(found: Material) -> dict[str, Any]:
     return drawn
 
 
-def parts(found: Material) -> dict[str, Any]:
+def parts(found: material.Material) -> dict[str, Any]:
     """λ̂ of the parts of the loss."""
     from llc_jax.behavior_figures import tokens_figure
     from llc_jax.metrics.language_datasets import octave_ranges
@@ -196,7 +82,7 @@ def parts(found: Material) -> dict[str, Any]:
     }
 
 
-def behavior(found: Material) -> dict[str, Any]:
+def behavior(found: material.Material) -> dict[str, Any]:
     """Behaviour and structure, for the report."""
     from llc_jax import behavior_figures, language_figures, structure_figures
 
@@ -212,7 +98,7 @@ def behavior(found: Material) -> dict[str, Any]:
     }
 
 
-def more(found: Material) -> dict[str, Any]:
+def more(found: material.Material) -> dict[str, Any]:
     """The figures that would overload the report."""
     from llc_jax import behavior_figures
     from llc_jax.smoothing import smooth_curve
@@ -232,7 +118,7 @@ def more(found: Material) -> dict[str, Any]:
     return slopes | details(found)
 
 
-def details(found: Material) -> dict[str, Any]:
+def details(found: material.Material) -> dict[str, Any]:
     """Structure in detail."""
     from llc_jax import language_figures, structure_figures
     from llc_jax.metrics.language_structure import random_composition
@@ -255,7 +141,7 @@ def details(found: Material) -> dict[str, Any]:
     return drawn
 
 
-def texts(config, found: Material) -> dict[str, str]:
+def texts(config, found: material.Material) -> dict[str, str]:
     """A page for each stage: texts, coloured by how their prediction changed over it."""
     import numpy as np
 
@@ -294,13 +180,12 @@ def run(config: Config, phase: str = "figures") -> None:
     from llc_jax.language_figures import published_init_figure
 
     folder = pathlib.Path(config.workdir) / "figures"
-    found = load(config)
+    found = material.load(config)
     drawn = page(found) | more(found)
     if config.published_init:
         drawn["published_init"] = published_init_figure(found.sweep, stages=found.stages)
-    varied = vary_llc.folder_of(config)
-    if (varied / "failures.png").exists():  # drawn last: all its estimates are there
-        drawn |= vary_llc.drawn(varied / "records.jsonl")
+    if found.variations:
+        drawn |= vary_llc.drawn(found.variations)
     for name, figure in drawn.items():
         write_atomic(folder / f"{name}.png", png(figure))
     write_texts(folder, texts(config, found))

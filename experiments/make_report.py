@@ -9,7 +9,7 @@ smooth curve. `make_figures` draws some more, which would overload the page.
 import dataclasses
 import pathlib
 
-from experiments import cli, estimate_llc, make_figures, settings
+from experiments import cli, estimate_llc, make_figures, material, settings
 from experiments.cli import option
 
 
@@ -55,7 +55,7 @@ def run(config: Config, phase: str = "report") -> None:
 
     root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
     setting = settings.load(config.workdir)
-    records, inputs = make_figures.records(config), make_figures.inputs(config)
+    records, inputs = material.records(config), material.inputs(config)
     page = root / "report.html"
     record = folder / "report.json"
     if page.exists() and record.exists() and read_json(record)["inputs"] == inputs:
@@ -65,7 +65,7 @@ def run(config: Config, phase: str = "report") -> None:
     from llc_jax import figures, report
 
     contents = {name: read_json(path) for name, path in records.items()}
-    found = make_figures.load(config)
+    found = material.load(config)
     drawn, texts = make_figures.page(found), make_figures.texts(config, found)
     places = [pathlib.PurePosixPath("figures", f"{name}.html") for name in texts]
     html = report.render(

@@ -194,7 +194,7 @@ def run(config: Config, phase: str = "train") -> None:
     def recipe():
         import jax
 
-        from llc_jax import train
+        from llc_jax import optimizers
         from llc_jax.data.batches import TokenBatches
         from llc_jax.data.synthetic_language import SyntheticLanguageBatches
         from llc_jax.language_losses import LanguageLoss
@@ -212,7 +212,9 @@ def run(config: Config, phase: str = "train") -> None:
             init=lambda rng_key: init_params(rng_key, transformer),
             loss_fn=LanguageLoss(transformer, config.chunk),
             batch_fn=batches,
-            optimizer=train.adamw(config.learning_rate, config.weight_decay, config.num_warmup),
+            optimizer=optimizers.adamw(
+                config.learning_rate, config.weight_decay, config.num_warmup
+            ),
             tokens_per_step=config.batch_size * config.context,
         )
 

@@ -147,7 +147,7 @@ def run(config: Config, phase: str = "train") -> None:
     model, task = setting(config)
 
     def recipe():
-        from llc_jax import train
+        from llc_jax import optimizers
         from llc_jax.data.regression import RegressionBatches
         from llc_jax.losses import RegressionLoss
         from llc_jax.models.regression import init_params
@@ -156,7 +156,7 @@ def run(config: Config, phase: str = "train") -> None:
             init=lambda rng_key: init_params(rng_key, model),
             loss_fn=RegressionLoss(model),
             batch_fn=RegressionBatches(task, config.batch_size),
-            optimizer=train.adam_one_cycle(config.learning_rate, config.num_steps),
+            optimizer=optimizers.adam_one_cycle(config.learning_rate, config.num_steps),
         )
 
     line = cli.command("train_regression", config.preset, config, PRESETS[config.preset])

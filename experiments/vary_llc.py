@@ -162,16 +162,21 @@ def run(config: Config, phase: str = "variations") -> None:
 
         for _ in cli.progress(finish(), phase, len(work), "estimates"):
             pass
-        for name, figure in drawn(path).items():
+        for name, figure in drawn(load(folder)).items():
             write_atomic(folder / f"{name}.png", png(figure))
     cli.say(f"{phase}: wrote {folder}/variations.png, grid.png, failures.png")
 
 
-def drawn(path: pathlib.Path) -> dict[str, Any]:
-    """The figures of all records in `records.jsonl`."""
+def load(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of all estimates; none before the last of them, the grid, is there."""
+    records = workdir.read_jsonl(folder / "records.jsonl")
+    return records if any(r["what"] == "grid" for r in records) else []
+
+
+def drawn(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of these records."""
     from llc_jax.variation_figures import failures_figure, grid_figure, variations_figure
 
-    records = workdir.read_jsonl(path)
     return {
         "variations": variations_figure(records),
         "grid": grid_figure(records),

@@ -130,9 +130,9 @@ class LLCEstimate:
 
     def plot(self):
         """Draws the loss traces, burn-in shaded; returns a matplotlib `Figure`."""
-        from llc_jax import figures
+        from llc_jax import chain_figures
 
-        return figures.trace_figure(self)
+        return chain_figures.trace_figure(self)
 
     def to_xarray(self):
         """Returns an `xarray.Dataset` with dimensions chain, draw and burnin, and part if any."""

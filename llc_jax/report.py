@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from llc_jax import chain_figures
 from llc_jax import figures as draw
 from llc_jax import report_text as words
 
@@ -33,7 +34,7 @@ def render_figures(sweep, **training) -> dict[str, Figure]:
     """
     return {
         "overview": draw.overview_figure(sweep, **training),
-        "traces": draw.chain_traces_figure(sweep),
+        "traces": chain_figures.chain_traces_figure(sweep),
     }
 
 

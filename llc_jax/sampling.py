@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from llc_jax import vectorize
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss, mean_parts
 from llc_jax.stability import Tridiagonal, stability_matrix
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
-from llc_jax.vectorize import map_in_batches, mean_of_pairs, vmap
 
 
 class Plan(NamedTuple):
@@ -257,7 +257,7 @@ def sample(
             if stream is None:
                 chunk = plan.batch_size // plan.grad_accum
                 reference = anchor_losses(loss_fn, anchor, data, chunk)
-                init_loss = mean_of_pairs(reference)
+                init_loss = vectorize.mean_of_pairs(reference)
                 if parts_fn is not None:
                     parts = anchor_losses(parts_fn, anchor, data, chunk)
 
@@ -268,9 +268,9 @@ def sample(
                     parts_fn, collect,
                 )  # fmt: skip
 
-            return init_loss, map_in_batches(one_chain, chains, plan.chain_batch)
+            return init_loss, vectorize.map_in_batches(one_chain, chains, plan.chain_batch)
 
-        return vmap(one_checkpoint)(steps, checkpoints, sampler, nbeta, localization)
+        return vectorize.vmap(one_checkpoint)(steps, checkpoints, sampler, nbeta, localization)
 
     lane = P(CHECKPOINT)
     return jax.shard_map(

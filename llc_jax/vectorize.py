@@ -30,12 +30,11 @@ def mean_of_pairs(x: jax.Array) -> jax.Array:
     The order of additions is part of the program, so that the last bit is the same however many
     of these are mapped: XLA sums a vector in another order than the rows of a matrix.
     """
-    total, count = x, len(x)
+    total = x
     while len(total) > 1:
-        half = -(-len(total) // 2)
-        rest = jnp.zeros_like(total[:half]).at[: len(total) - half].set(total[half:])
-        total = total[:half] + rest
-    return total[0] / count
+        half = len(total) // 2
+        total = jnp.concatenate([total[:half] + total[half : 2 * half], total[2 * half :]])
+    return total[0] / len(x)
 
 
 def map_in_batches(function: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:

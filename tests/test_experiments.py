@@ -23,6 +23,7 @@ from experiments import (
     find_stages,
     make_figures,
     make_report,
+    material,
     measure_behavior,
     measure_curvature,
     measure_trajectory,
@@ -59,12 +60,12 @@ def parameters(folder):
 
 
 def _opt_state():
-    from llc_jax import train
+    from llc_jax import optimizers, train
     from llc_jax.models.regression import init_params
 
     config = train_regression.PRESETS["smoke"]
     model, _ = train_regression.setting(config)
-    optimizer = train.adam_one_cycle(config.learning_rate, config.num_steps)
+    optimizer = optimizers.adam_one_cycle(config.learning_rate, config.num_steps)
     return train.init_state(init_params(jax.random.key(0), model), optimizer).opt_state
 
 
@@ -255,7 +256,7 @@ def test_every_figure_is_drawn(copy):
     # What was not measured is not drawn, and not missed.
     for name in ("behavior", "trajectory", "llc/curvature"):
         shutil.rmtree(copy / name)
-    found = make_figures.load(make_figures.Config(workdir=str(copy)))
+    found = material.load(make_figures.Config(workdir=str(copy)))
     assert set(make_figures.page(found)) == {"overview", "traces", "tokens"}
     assert set(make_figures.more(found)) == {"slopes"}
 

@@ -8,7 +8,7 @@ import xarray
 from matplotlib.figure import Figure
 
 import llc_jax
-from llc_jax import Curvature, figures
+from llc_jax import Curvature, chain_figures, figures
 from llc_jax.curvature_figures import curvature_figure
 from llc_jax.smoothing import smooth_curve
 from llc_jax.stages import Stage
@@ -166,7 +166,7 @@ def test_log_step_axis_has_ticks_in_range(ax, first, last, ticks):
 def test_traces_hold_every_draw(ax):
     one = make_sweep(dead=[2]).isel(checkpoint=2)
     losses, burnin = one.losses.values, one.burnin_losses.values
-    figures.traces(ax, losses, burnin, 2.0, one.diverged_at.values)
+    chain_figures.traces(ax, losses, burnin, 2.0, one.diverged_at.values)
     whole = np.concatenate([burnin, losses], axis=1)
     thin = [line for line in ax.lines if line.get_lw() == 0.5]
     for line, values in zip(thin, whole, strict=True):
@@ -183,13 +183,13 @@ def test_traces_hold_every_draw(ax):
 def test_a_diverging_chain_does_not_set_the_limits(ax):
     losses = np.ones((2, 30))
     losses[1, 10:20], losses[1, 20:] = 1e25, np.nan
-    figures.traces(ax, losses, np.ones((2, 0)), 1.0, [-1, 20])
+    chain_figures.traces(ax, losses, np.ones((2, 0)), 1.0, [-1, 20])
     assert ax.get_ylim()[1] < 2
 
 
 def test_running_llc_ends_at_the_estimate_of_each_chain(ax):
     sweep = make_sweep(dead=[1]).isel(checkpoint=1)
-    figures.running_llc(
+    chain_figures.running_llc(
         ax, sweep.losses, sweep.anchor_losses, NBETA, num_burnin=12, diverged_at=sweep.diverged_at
     )
     ends = {line.get_label(): line.get_xydata()[-1].tolist() for line in ax.lines}
@@ -222,15 +222,15 @@ def test_overview_shares_one_axis_of_steps():
 )
 @pytest.mark.parametrize("stages", [[], STAGES[:1]], ids=["no-stage", "one-stage"])
 def test_every_size_of_sweep_can_be_drawn(sweep, stages):
-    for figure in (overview(sweep, stages=stages), figures.chain_traces_figure(sweep)):
+    for figure in (overview(sweep, stages=stages), chain_figures.chain_traces_figure(sweep)):
         assert figures.png(figure, dpi=30).startswith(b"\x89PNG")
-    columns = figures.chain_traces_figure(sweep).axes
+    columns = chain_figures.chain_traces_figure(sweep).axes
     assert len(columns) == 2 * min(sweep.sizes["checkpoint"], 3)
 
 
 def test_chain_traces_of_chosen_checkpoints():
-    titles = [ax.get_title() for ax in figures.chain_traces_figure(make_sweep(), [3, 1000]).axes]
-    assert [title.split(":")[0] for title in titles] == ["step 3", "step 1,000", "", ""]
+    axes = chain_figures.chain_traces_figure(make_sweep(), [3, 1000]).axes
+    assert [ax.get_title().split(":")[0] for ax in axes] == ["step 3", "step 1,000", "", ""]
 
 
 def test_png_is_deterministic_and_dateless():

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from llc_jax import parallel, train
+from llc_jax import optimizers, parallel, train
 from llc_jax.data.batches import TokenBatches
 from llc_jax.data.regression import RegressionBatches, RegressionTask
 from llc_jax.losses import RegressionLoss
@@ -34,7 +34,7 @@ def initial_params():
 
 
 def run(stops, *, state=None, block=1000, optimizer=None, seed=KEY, **kwargs):
-    optimizer = optimizer or train.adam_one_cycle(0.05, 40)
+    optimizer = optimizer or optimizers.adam_one_cycle(0.05, 40)
     state = state or train.init_state(initial_params(), optimizer)
     options = {"loss_fn": quadratic_loss, "batch_fn": normal_batch, **kwargs}
     outputs = train.fit(
@@ -60,7 +60,7 @@ def published_rate(s, peak, num_steps):
 
 
 def test_published_learning_rates():
-    rate = train.one_cycle(0.003, 500_000)
+    rate = optimizers.one_cycle(0.003, 500_000)
     for s in (0, 1, 100, 1673, 100_000, 249_999):
         np.testing.assert_allclose(rate(s), 1.2e-8 * (s + 1), rtol=1e-5)
     np.testing.assert_allclose(rate(249_999), 0.003, rtol=1e-6)
@@ -72,7 +72,7 @@ def test_published_learning_rates():
 
 @pytest.mark.parametrize("num_steps", [4, 5, 40, 101])
 def test_learning_rates_of_short_runs(num_steps):
-    rate = train.one_cycle(0.1, num_steps)
+    rate = optimizers.one_cycle(0.1, num_steps)
     got = np.array([rate(s) for s in range(num_steps)])
     expected = [published_rate(s, 0.1, num_steps) for s in range(num_steps)]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-9)
@@ -82,7 +82,7 @@ def test_learning_rates_of_short_runs(num_steps):
 
 def test_optimizer_is_adam_with_the_published_rate():
     # Three updates in float64 numpy, with the gradient by hand.
-    optimizer = train.adam_one_cycle(0.05, 40)
+    optimizer = optimizers.adam_one_cycle(0.05, 40)
     state = train.init_state(initial_params(), optimizer)
     params = {k: np.float64(v) for k, v in initial_params().items()}
     mu, nu = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
@@ -108,7 +108,7 @@ def test_optimizer_is_adam_with_the_published_rate():
 
 
 def test_fit_is_train_step_on_keys_folded_with_the_step():
-    optimizer = train.adam_one_cycle(0.05, 40)
+    optimizer = optimizers.adam_one_cycle(0.05, 40)
     state = train.init_state(initial_params(), optimizer)
     losses = []
     for s in range(5):
@@ -176,7 +176,7 @@ class NormalBatches:
 def test_one_compilation_serves_all_block_lengths_and_equal_arguments():
     before = train._run_block._cache_size()
     for stops, block in (([1], 1), ([4, 5, 12], 5), ([9], 100)):
-        optimizer = train.adam_one_cycle(0.01, 50)
+        optimizer = optimizers.adam_one_cycle(0.01, 50)
         state = train.init_state(initial_params(), optimizer)
         for _ in range(2):  # the second time from numpy, as after a restart
             later = [int(state.step) + stop for stop in stops]
@@ -187,7 +187,7 @@ def test_one_compilation_serves_all_block_lengths_and_equal_arguments():
 
 
 def test_caller_keeps_his_arrays():
-    optimizer = train.adam_one_cycle(0.05, 40)
+    optimizer = optimizers.adam_one_cycle(0.05, 40)
     params = initial_params()
     state = train.init_state(params, optimizer)
     outputs = list(
@@ -280,14 +280,14 @@ def test_batches_of_the_host_are_split_over_a_mesh():
 
 
 def test_adamw_by_hand():
-    optimizer = train.adamw(0.1, weight_decay=0.5, num_warmup=4)
-    assert train.adamw(0.1, weight_decay=0.5, num_warmup=4) is optimizer
+    optimizer = optimizers.adamw(0.1, weight_decay=0.5, num_warmup=4)
+    assert optimizers.adamw(0.1, weight_decay=0.5, num_warmup=4) is optimizer
     w, g = 2.0, 3.0  # the first Adam step is the sign of the gradient; the rate begins at a quarter
     with jax.numpy_dtype_promotion("standard"):  # as in `train_step`
         update, _ = optimizer.update(jnp.float32(g), optimizer.init(jnp.float32(w)), jnp.float32(w))
     np.testing.assert_allclose(update, -0.1 / 4 * (1 + 0.5 * w), rtol=1e-5)
     with pytest.raises(ValueError, match="learning_rate=0"):
-        train.adamw(0)
+        optimizers.adamw(0)
 
 
 @pytest.mark.parametrize("num_devices", [2, 4])
@@ -301,7 +301,7 @@ def test_sharded_batches_give_the_same_run(num_devices):
 
 def test_mesh_splits_the_batch_and_copies_the_state():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    optimizer = train.adam_one_cycle(0.05, 40)
+    optimizer = optimizers.adam_one_cycle(0.05, 40)
     state = train.init_state(initial_params(), optimizer)
     ((_, state, _),) = train.fit(
         jax.random.key(0),
@@ -334,7 +334,7 @@ def test_bad_arguments_are_refused_at_the_call(kwargs, match):
 
 
 def test_raw_keys_and_odd_meshes_are_refused():
-    optimizer = train.adam_one_cycle(0.05, 40)
+    optimizer = optimizers.adam_one_cycle(0.05, 40)
     state = train.init_state(initial_params(), optimizer)
     options = {"loss_fn": quadratic_loss, "optimizer": optimizer, "stops": [3]}
     with pytest.raises(ValueError, match="typed key"):
@@ -350,14 +350,14 @@ def test_raw_keys_and_odd_meshes_are_refused():
 )
 def test_bad_schedules_are_refused(peak, num_steps, match):
     with pytest.raises(ValueError, match=match):
-        train.one_cycle(peak, num_steps)
+        optimizers.one_cycle(peak, num_steps)
 
 
 @pytest.mark.slow
 def test_training_learns_in_context():
     # 1500 steps at ten times the paper's rate get well below predicting zero, loss 4.125.
     model = RegressionTransformer(double_residual=True)
-    optimizer = train.adam_one_cycle(0.003, 1500)
+    optimizer = optimizers.adam_one_cycle(0.003, 1500)
     *_, (_, _, metrics) = train.fit(
         jax.random.key(0),
         train.init_state(init_params(jax.random.key(1), model), optimizer),
@@ -374,10 +374,10 @@ def test_training_learns_in_context():
 def test_parts_of_batches_need_a_mesh_over_as_many_processes(mesh):
     tokens = np.zeros((8, 4), np.uint16)
     batches = TokenBatches(tokens, 4, seed=0, process_index=0, process_count=2)
-    state = train.init_state({"w": jnp.zeros(4)}, train.adamw(1e-3))
+    state = train.init_state({"w": jnp.zeros(4)}, optimizers.adamw(1e-3))
     with pytest.raises(ValueError, match=r"process_count=2 processes and the mesh is over 1"):
         train.fit(
             jax.random.key(0), state, loss_fn=lambda p, b: b["tokens"].astype(float) @ p["w"],
             batch_fn=batches,
-            optimizer=train.adamw(1e-3), stops=[1], mesh=mesh,
+            optimizer=optimizers.adamw(1e-3), stops=[1], mesh=mesh,
         )  # fmt: skip

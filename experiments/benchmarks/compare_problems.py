@@ -21,8 +21,8 @@ from experiments.benchmarks.compare_worker import SHIFT, Stored
 from llc_jax.data import regression
 from llc_jax.models import deep_linear
 from llc_jax.models.regression import RegressionTransformer, init_params
+from llc_jax.optimizers import one_cycle
 from llc_jax.posterior import mean_loss
-from llc_jax.train import one_cycle
 from llc_jax.types import Batch, LossFn, Params
 
 CHECKED = 8  # examples whose losses the other side must reproduce

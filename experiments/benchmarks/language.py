@@ -21,7 +21,7 @@ import optax
 from experiments.benchmarks import programs, timing
 from experiments.benchmarks.memory import KILOBYTE
 from experiments.cli import option
-from llc_jax import SGLD, estimate_llc, parallel, train
+from llc_jax import SGLD, estimate_llc, optimizers, parallel, train
 from llc_jax.data.batches import TokenBatches
 from llc_jax.language_losses import LanguageLoss
 from llc_jax.models.attention_only import AttentionOnlyTransformer, init_params
@@ -54,7 +54,7 @@ def speeds(config: Config) -> dict[str, np.ndarray]:
         0, config.vocab_size, (4 * config.batch_size * config.num_steps, config.context), np.uint16
     )
     batches = TokenBatches(rows, config.batch_size, seed=0)
-    optimizer = train.adamw(1e-3)
+    optimizer = optimizers.adamw(1e-3)
     params = init_params(jax.random.key(0), model)
     state = jax.device_get(train.init_state(params, optimizer))
 
