@@ -61,7 +61,7 @@ def quickstart() -> Config:
 
 
 def small() -> Config:
-    """Ten seconds a checkpoint on two cores: closer to the checkpoint and longer."""
+    """Half a minute a checkpoint on one core: closer to the checkpoint and longer."""
     return Config(
         workdir="runs/small", preset="small", num_data=8192, step_size=5e-5, nbeta=100.0,
         localization=1000.0, num_draws=300, num_burnin=150,

@@ -48,7 +48,7 @@ def quickstart() -> Config:
 
 
 def small() -> Config:
-    """Ten seconds a checkpoint on two cores."""
+    """A quarter of a minute a checkpoint on one core."""
     return Config(workdir="runs/small", preset="small")
 
 

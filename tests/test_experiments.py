@@ -318,7 +318,9 @@ def test_variations_of_the_settings(copy):
     assert [cell["nbeta"] for cell in grid] == pytest.approx([config.nbeta, 3 * config.nbeta])
     # Killed within a line: the rest is redone, and nothing else.
     (folder / "records.jsonl").write_text("".join(lines[:9]) + lines[9][:30])
+    assert vary_llc.load(folder) == []  # unfinished: nothing to draw
     vary_llc.run(config)
+    assert len(vary_llc.load(folder)) == len(lines)
     assert (folder / "records.jsonl").read_text() == "".join(lines)
     make_figures.run(dataclasses.replace(make_figures.PRESETS["smoke"], workdir=str(copy)))
     for name in ("variations", "grid", "failures"):
