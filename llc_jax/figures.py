@@ -92,12 +92,13 @@ def stage_bands(ax: Axes, stages: Sequence, *, labels: bool = True) -> Axes:
         if labels:
             start, end = np.log1p([stage.start, stage.end])
             wide = end - start > 0.075 * (right - left)
-            ax.text(
-                np.expm1((start + end) / 2), 1.015, f"{i + 1} {stage.kind}" if wide else i + 1,
-                transform=ax.get_xaxis_transform(), ha="center", color=INK,
+            ax.annotate(
+                f"{i + 1} {stage.kind}" if wide else str(i + 1), (np.expm1((start + end) / 2), 1),
+                (0, 7), ax.get_xaxis_transform(), "offset points", ha="center", color=INK,
             )  # fmt: skip
-    if labels and len(stages):
-        ax.text(-0.01, 1.015, "stage", transform=ax.transAxes, ha="right", color=INK)
+    if labels and len(stages):  # clear of a tick label at the upper end of y
+        ax.annotate("stage", (0, 1), (-4, 7), "axes fraction", "offset points", ha="right",
+                    color=INK)  # fmt: skip
     for stage in stages[:-1]:
         strength = float(np.nan_to_num(stage.confidence))
         ax.axvline(stage.end, color=INK, lw=0.4 + strength, alpha=0.2 + 0.6 * strength, zorder=1)
