@@ -79,8 +79,19 @@ def standing(stops: list[int], sources: Sequence[Any]) -> list[int]:
     Returns:
       [source, step, *missing]: which source has the newest good state with no checkpoint missing
       before it (-1: none, begin at step 0), its step, and the stops without a good checkpoint.
+
+    Raises:
+      ValueError: if there are checkpoints and none of them is whole.
     """
-    good = {s for s in sources[0].steps() if not sources[0].verify(s)}
+    kept = sources[0].steps()
+    good = {s for s in kept if not sources[0].verify(s)}
+    if kept and not good:
+        raise ValueError(
+            f"none of the {len(kept)} checkpoints in {sources[0].folder} is whole: at step"
+            f" {kept[-1]}, {sources[0].verify(kept[-1])[0]}. Training would begin anew and replace"
+            " them; restore them from a copy (optimizer states included), or give another"
+            " --workdir."
+        )
     missing = [s for s in stops if s not in good]
     starts = [(-1, -1)]
     for number, source in enumerate(sources):

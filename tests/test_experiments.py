@@ -416,6 +416,15 @@ def test_damaged_checkpoint_is_redone_bitwise(run, copy, caplog):
     assert_same_run(run, copy)
 
 
+def test_run_whose_optimizer_states_are_gone_is_left_alone(copy):
+    for folder in (copy / "checkpoints").glob("*/opt_state"):
+        shutil.rmtree(folder)
+    before = {p: files.digest([p]) for p in copy.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"none of the .* is whole: .*opt_state.*--workdir"):
+        train_regression.run(train_config(copy))
+    assert {p: files.digest([p]) for p in copy.rglob("*") if p.is_file()} == before
+
+
 def test_sweep_leaves_out_a_damaged_checkpoint(copy):
     shutil.rmtree(copy / "llc")
     (copy / "checkpoints/15/manifest.json").write_text("{}")
