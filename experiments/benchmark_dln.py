@@ -53,6 +53,9 @@ def preset(class_name: str, **changes: Any) -> Config:
     )
 
 
+# Draws of λ̂ vary less, relative to it, the larger it is: a shorter grid tells as much.
+LARGE = {"num_chains": 2, "num_draws": 1000, "nbeta_factors": "1"}
+
 PRESETS = {
     "smoke": dataclasses.replace(
         preset("1K", num_networks=1, num_draws=100, num_burnin=100),
@@ -60,8 +63,8 @@ PRESETS = {
     ),
     "1K": preset("1K"),
     "10K": preset("10K"),
-    "100K": preset("100K", num_networks=6),
-    "1M": preset("1M", num_networks=2),
+    "100K": preset("100K", num_networks=6, **LARGE),
+    "1M": preset("1M", num_networks=2, **LARGE),
 }  # fmt: skip
 
 # One step size per sampler as a fraction of 1/Λ: small where the step biases the law.
@@ -205,7 +208,7 @@ def run(config: Config, phase: str = "dln") -> None:
     with workdir.lock(folder, "dln"):
         identity = cli.identity(config, growing)
         line = cli.command("benchmark_dln", config.preset, config, PRESETS[config.preset])
-        workdir.settle(folder / "config.json", identity, {"command": line})
+        workdir.check(folder / "config.json", identity)
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {(r["sampler"], r["network"]) for r in workdir.read_jsonl(path)}
@@ -216,6 +219,7 @@ def run(config: Config, phase: str = "dln") -> None:
             for count, (name, index) in enumerate(todo, 1):
                 record = measure(config, name, index)
                 jax.clear_caches()
+                workdir.settle(folder / "config.json", identity, {"command": line})
                 workdir.append_jsonl(path, record)
                 truth = record["exact"] or record["aoyagi"]
                 postfix = f" {name}: {record['llc']:.4g} ± {record['stderr']:.2g}, true {truth:g}"

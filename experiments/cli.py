@@ -47,7 +47,7 @@ NOT_PART_OF_A_RESULT = frozenset(
 
 
 # What is told in one line; anything else is a mistake of ours and shows its traceback.
-EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError)
+EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError, ModuleNotFoundError)
 
 
 def identity(config: Any, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -143,11 +143,21 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def progress(items: Iterable[Any], phase: str, total: int, unit: str) -> Iterator[Any]:
-    """A progress line with the time left; off a terminal it is printed every ten seconds."""
+def progress(
+    items: Iterable[Any], phase: str, total: int, unit: str, first: int = 0
+) -> Iterator[Any]:
+    """A progress line with the time left; off a terminal it is printed every ten seconds.
+
+    Args:
+      items: of (units done, text beside the line, what is yielded).
+      phase: what is done.
+      total: units in all.
+      unit: their name.
+      first: units done before.
+    """
     terminal = sys.stdout.isatty()
     bar = tqdm.tqdm(
-        total=total, desc=phase, unit=unit, file=sys.stdout, disable=not is_main(),
+        total=total, initial=first, desc=phase, unit=unit, file=sys.stdout, disable=not is_main(),
         mininterval=0.2 if terminal else 10, maxinterval=10, dynamic_ncols=terminal,
         bar_format="{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed} spent, {remaining} left]{postfix}"
         + ("" if terminal else "\n"),

@@ -27,7 +27,7 @@ class Config(cli.Pod):
     preset: str = option("quickstart", "Name of the preset.")
     name: str = option("llc", "Folder of the results within the workdir.")
     seed: int = option(0, "Seed of the chains.")
-    data_seed: int = option(1000, "Seed of the data set; fresh sequences of the training task.")
+    data_seed: int = option(1000, "Seed of the data set, sequences as in training.")
     num_data: int = option(2048, "Sequences in the data set, n.")
     step_size: float = option(2e-4, "SGLD step ε.")
     nbeta: float = option(30.0, "n times inverse temperature, nβ; 0 for n / log n.")
@@ -100,6 +100,10 @@ PRESETS = {
 }
 
 
+# Which checkpoints, and how much at once: no part of what is computed at each.
+NOT_PART_OF_AN_ESTIMATE = ("checkpoints", "checkpoint_batch", "chain_batch", "grad_accum")
+
+
 def results_folder(config: Config) -> pathlib.Path:
     """Returns the folder of the result files."""
     if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
@@ -138,13 +142,18 @@ def run(config: Config, phase: str = "llc") -> None:
 
     from llc_jax import SGLD, estimate_llc_over_checkpoints, parallel
     from llc_jax.checkpoints import CheckpointDir
+    from llc_jax.files import read_json
     from llc_jax.results import finished_steps, save_estimate
 
     folder, shard = results_folder(config), parse_shard(config.shard_checkpoints)
     setting = settings.load(config.workdir)
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
     writer = cli.is_main()
+    record, identity = folder / "config.json", cli.identity(config, NOT_PART_OF_AN_ESTIMATE)
+    remedy = "give another --name"
     with workdir.lock(folder, f"shard-{shard[0]}-of-{shard[1]}-{jax.process_index()}"):
+        if writer:
+            workdir.check(record, identity, remedy)
         done = set(finished_steps(folder))
         steps = workdir.good_steps(kept, done)
         steps = parallel.from_process_zero(np.asarray(steps, np.int32)).tolist()
@@ -152,11 +161,15 @@ def run(config: Config, phase: str = "llc") -> None:
         work = todo(steps, done, config.checkpoint_batch, shard)
         work = parallel.from_process_zero(np.asarray(work, np.int32)).tolist()
         if not work:
-            if writer and (folder / "config.json").exists():
-                workdir.settle(folder / "config.json", cli.identity(config, ["checkpoints"]), {})
             cli.say(f"{phase}: all checkpoints of shard {config.shard_checkpoints} are done")
             return
         data, data_hash = settings.data_set(config.workdir, config.num_data, config.data_seed)
+        if record.exists() and (before := read_json(record)["data_sha256"]) != data_hash:
+            raise ValueError(
+                f"the data set has SHA-256 {data_hash}, that of the estimates in {folder} had"
+                f" {before}: another version of jax draws other numbers, and other text has other"
+                f" tokens. Go on with what they were begun with, or {remedy}."
+            )
         provenance = {
             "data_sha256": data_hash,
             "train_seed": setting.training.seed,
@@ -191,7 +204,7 @@ def run(config: Config, phase: str = "llc") -> None:
                 ),
                 "data_sha256": data_hash,
             }
-            workdir.settle(folder / "config.json", cli.identity(config, ["checkpoints"]), facts)
+            workdir.settle(record, identity, facts, remedy)
 
         def finish(flag):
             for count, (step, estimate) in enumerate(estimates, 1):

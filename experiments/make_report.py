@@ -9,7 +9,7 @@ smooth curve. `make_figures` draws some more, which would overload the page.
 import dataclasses
 import pathlib
 
-from experiments import cli, estimate_llc, make_figures, material, settings
+from experiments import cli, make_figures, material, settings
 from experiments.cli import option
 
 
@@ -53,11 +53,11 @@ def run(config: Config, phase: str = "report") -> None:
     """Writes `report.html`, `results.csv` and `figures/*`, unless they are up to date."""
     from llc_jax.files import read_json, write_atomic, write_json
 
-    root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
+    root = pathlib.Path(config.workdir)
     setting = settings.load(config.workdir)
     records, inputs = material.records(config), material.inputs(config)
     page = root / "report.html"
-    record = folder / "report.json"
+    record = root / "report.json"  # beside the page, which is that of the last --name
     if page.exists() and record.exists() and read_json(record)["inputs"] == inputs:
         cli.say(f"{phase}: {page} is up to date")
         return

@@ -84,8 +84,11 @@ def inputs(config) -> str:
     return digest(
         [*found.values(), root / "metrics.jsonl"]
         + sorted([*sources.glob("report*.py"), *sources.glob("*figures.py")])
+        + [sources / "heatmap.py", sources / "metrics/trajectory.py"]
+        + [pathlib.Path(__file__).with_name("make_figures.py")]
         + [*measure_curvature.folder_of(config).glob("records.jsonl")]
-        + [*behavior.glob("behavior.csv"), *trajectory.glob("trajectory.csv")]
+        + [*behavior.glob("behavior.csv"), *behavior.glob("texts.json")]
+        + [*trajectory.glob("trajectory.csv")]
         + [result_path(folder, s) for s in finished_steps(folder)]
     )
 
@@ -108,7 +111,7 @@ def load(config) -> Material:
     )
     behavior = trajectory = None
     if "behavior" in found:
-        behavior = results.load(measuring.folder_of(config), "measure_behavior")
+        behavior = results.load(measuring.folder_of(config), "measure_behavior or measure_language")
     if "trajectory" in found:
         trajectory = measure_trajectory.load(measure_trajectory.folder_of(config))
     setting = settings.load(config.workdir)

@@ -138,7 +138,6 @@ def run(config: Config, phase: str = "behavior") -> None:
             probes.probes(config.seed, config.num_probes, model, start),
             checkpoint_batch=config.checkpoint_batch,
         )  # fmt: skip
-        write_json(measuring.folder_of(config) / "texts.json", words(training, texts))
 
         def named(step, found):
             params = kept.restore_params(step)
@@ -146,7 +145,11 @@ def run(config: Config, phase: str = "behavior") -> None:
             names = language_structure.weight_names(params)
             return step, language_datasets.dataset(found, LENGTHS, names), found["mean_loss"]
 
-        return (named(*one) for one in measured)
+        def results():  # from here on the settings are known to be those of the folder
+            write_json(measuring.folder_of(config) / "texts.json", words(training, texts))
+            yield from (named(*one) for one in measured)
+
+        return results()
 
     tables = {
         "behavior.csv": language_datasets.behavior_table,

@@ -3,7 +3,7 @@
     python -m experiments.quickstart
 
 Under three minutes on two cores; run again, it finds everything done. Expected: the loss falls
-from about 4.4 to about 2.1, λ̂ rises from below zero, and `runs/quickstart/report.html` shows
+from about 4.4 to about 2.0, λ̂ rises from below zero, and `runs/quickstart/report.html` shows
 both with the stages found.
 """
 

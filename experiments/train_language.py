@@ -144,13 +144,6 @@ def described(config: Config):
     )  # fmt: skip
 
 
-def octave_ends(config: Config) -> list[int]:
-    """The last prediction of each part of λ̂."""
-    from llc_jax.language_losses import octaves
-
-    return octaves(config.context)
-
-
 def draw(config: Config, num_data: int, seed: int):
     """Sequences to sample on: fresh ones of the synthetic language, else of the training text."""
     import jax

@@ -134,13 +134,11 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
                 f"{phase}: {mesh.size} of {jax.device_count()} devices share the batch of"
                 f" {config.batch_size}; a multiple of {jax.device_count()} would use all"
             )
+        record, identity = folder / "train.json", cli.identity(config)
+        remedy = "start afresh in another --workdir"
         if cli.is_main():
-            workdir.settle(folder / "train.json", cli.identity(config), facts)
-        sources = [
-            CheckpointDir(folder / name, writer=cli.is_main())
-            for name in ("checkpoints", "stopped")
-        ]
-        kept, stopped = sources
+            workdir.check(record, identity, remedy)
+        sources = [CheckpointDir(folder / name) for name in ("checkpoints", "stopped")]
         plan = standing(stops, sources) if cli.is_main() else []
         source, first, *missing = parallel.from_process_zero(np.asarray(plan, np.int32)).tolist()
         if not missing:
@@ -155,17 +153,20 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
             _, params, opt_state = sources[source].restore_state(state.opt_state, first)
             state = train.TrainState(jax.numpy.int32(first), params, opt_state)
             cli.say(f"{phase}: continuing from step {first}")
+        blocks = train.fit(  # checks its arguments before anything is written
+            data_key, state, loss_fn=loss_fn, batch_fn=batch_fn, optimizer=optimizer,
+            stops=stops[1:], block=config.block, mesh=mesh,
+        )  # fmt: skip
+        kept, stopped = (CheckpointDir(s.folder, writer=cli.is_main()) for s in sources)
         if cli.is_main():
+            workdir.settle(record, identity, facts, remedy)
             workdir.rewind_jsonl(folder / "metrics.jsonl", first)
             if first == 0 and 0 in missing:
                 kept.save(0, state.params, state.opt_state)
 
         def steps(flag):
             before, clock = first, time.monotonic()
-            for step, state_, metrics in train.fit(
-                data_key, state, loss_fn=loss_fn, batch_fn=batch_fn, optimizer=optimizer,
-                stops=stops[1:], block=config.block, mesh=mesh,
-            ):  # fmt: skip
+            for step, state_, metrics in blocks:
                 values = {name: float(value) for name, value in metrics.items()}
                 postfix = f" loss {values['loss']:.3f}"
                 if tokens_per_step:
@@ -187,7 +188,7 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
                 yield step, postfix, None
 
         with parallel.stop_signals() as flag:
-            for _ in cli.progress(steps(flag), phase, config.num_steps, "steps"):
+            for _ in cli.progress(steps(flag), phase, config.num_steps, "steps", first):
                 pass
         if cli.is_main():
             shutil.rmtree(stopped.folder, ignore_errors=True)

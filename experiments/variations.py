@@ -127,13 +127,16 @@ def evaluated(estimate, anchor_loss: float):
       estimate: whose `collected` is a loss, [chain, burn-in + draw].
       anchor_loss: the same of the anchor.
     """
-    from llc_jax.diagnostics import mean_stderr
+    from llc_jax.diagnostics import diagnose
 
     losses = np.asarray(estimate.collected, float)[:, estimate.burnin_losses.shape[1] :]
-    gaps = estimate.settings["nbeta"] * (losses - anchor_loss)[estimate.diverged_at < 0]
+    finite = estimate.diverged_at < 0
+    gaps = estimate.settings["nbeta"] * (losses - anchor_loss)[finite]
+    found = diagnose(gaps, estimate.distance[finite])
     return dataclasses.replace(
         estimate, losses=losses, anchor_losses=np.full_like(losses, anchor_loss),
-        mean=float(gaps.mean()) if gaps.size else float("nan"), stderr=float(mean_stderr(gaps)),
+        mean=float(gaps.mean()) if gaps.size else float("nan"),
+        below_anchor=float((gaps < 0).mean()) if gaps.size else float("nan"), **found._asdict(),
     )  # fmt: skip
 
 

@@ -98,6 +98,9 @@ def language_small() -> Config:
 PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper, language_small)}
 
 
+MEMORY = ("grad_accum", "setting_batch")
+
+
 def folder_of(config) -> pathlib.Path:
     """Returns the folder of the results."""
     return pathlib.Path(config.workdir) / "variations"
@@ -129,8 +132,8 @@ def run(config: Config, phase: str = "variations") -> None:
         steps = read_json(begun)["config"]["checkpoints"]  # there may be more by now
     with workdir.lock(folder, "variations"):
         line = cli.command("vary_llc", config.preset, config, PRESETS[config.preset])
-        workdir.settle(folder / "config.json", cli.identity(config) | {"checkpoints": steps},
-                       {"command": line})  # fmt: skip
+        identity = cli.identity(config, MEMORY) | {"checkpoints": steps}
+        workdir.check(begun, identity)
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {(r["what"], str(r["value"]), r["step"]) for r in workdir.read_jsonl(path)}
@@ -157,6 +160,7 @@ def run(config: Config, phase: str = "variations") -> None:
                         estimate = variations.measure(config, params, subject, step, s)
                         known[key] = variations.record(estimate)
                     found = known[key]
+                workdir.settle(begun, identity, {"command": line})  # the first was sound
                 workdir.append_jsonl(path, head | found)
                 yield count, f" {what} {value} at step {step}", None
 

@@ -55,25 +55,25 @@ def lock(folder: pathlib.Path, name: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def settle(path: pathlib.Path, identity: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Writes the configuration of a run, or checks that it is the one the run began with.
+def check(path: pathlib.Path, identity: dict[str, Any], remedy: str = "") -> None:
+    """Checks that a run, if it has begun, began with this configuration.
 
     Args:
-      path: the JSON file.
+      path: the JSON file that `settle` writes.
       identity: what determines the result; must not change.
-      facts: preset, command, hashes: kept as the run began.
+      remedy: how to start afresh; to remove the folder, if none is given.
 
     Raises:
       ValueError: naming every setting that differs.
     """
     if not path.exists():
-        write_json(path, {"config": identity, "versions": versions(), **facts})
         return
     before = read_json(path)["config"]
+    # A setting that is no part of the identity any more changes nothing, whatever it was.
     changed = {
-        name: (before.get(name), identity.get(name))
-        for name in sorted(before.keys() | identity.keys())
-        if before.get(name) != identity.get(name)
+        name: (before.get(name), value)
+        for name, value in sorted(identity.items())
+        if before.get(name) != value
     }
     if changed:
         listing = ", ".join(
@@ -81,8 +81,27 @@ def settle(path: pathlib.Path, identity: dict[str, Any], facts: dict[str, Any]) 
         )
         raise ValueError(
             f"{path} was begun with other settings ({listing}): repeat the command it was begun"
-            " with, or start afresh in another --workdir."
+            f" with, or {remedy or f'remove {path.parent} to start afresh'}."
         )
+
+
+def settle(
+    path: pathlib.Path, identity: dict[str, Any], facts: dict[str, Any], remedy: str = ""
+) -> None:
+    """Writes the configuration of a run once it is known to be sound, or checks it.
+
+    Args:
+      path: the JSON file.
+      identity: see `check`.
+      facts: preset, command, hashes: kept as the run began.
+      remedy: see `check`.
+
+    Raises:
+      ValueError: naming every setting that differs.
+    """
+    check(path, identity, remedy)
+    if not path.exists():
+        write_json(path, {"config": identity, "versions": versions(), **facts})
 
 
 def good_steps(kept, done: Iterable[int] = ()) -> list[int]:
@@ -95,8 +114,8 @@ def good_steps(kept, done: Iterable[int] = ()) -> list[int]:
     steps = [s for s in kept.steps() if s in done or not kept.verify(s, ["params"])]
     if not steps:
         raise ValueError(
-            f"no good checkpoint in {kept.folder}: run python -m experiments.train_regression"
-            f" --workdir={os.path.relpath(kept.folder.parent)}, which also redoes damaged ones."
+            f"no good checkpoint in {kept.folder}: repeat the command that trained"
+            f" {os.path.relpath(kept.folder.parent)}, which also redoes damaged ones."
         )
     return steps
 

@@ -210,20 +210,6 @@ class CheckpointDir:
             )
         return step, _orbax_restore(path / "params", None), opt_state
 
-    def iterate_params(self, steps: Iterable[int] | None = None) -> Iterator[tuple[int, Params]]:
-        """Yields (step, params) one at a time, skipping damaged steps with a warning.
-
-        Args:
-          steps: which, in this order; None is all committed steps, oldest first.
-        """
-        for step in self.steps() if steps is None else steps:
-            try:
-                params = self.restore_params(step)
-            except CheckpointError as error:
-                _log.warning("skipping step %d: %s", step, error)
-                continue
-            yield step, params
-
     def _path(self, step: int) -> pathlib.Path:
         checks.at_least("step", step, 0)
         return self.folder / str(step)

@@ -27,7 +27,8 @@ class LLCEstimate:
       losses: [C, D] minibatch losses after burn-in.
       anchor_losses: [C, D] losses of the anchor on the same minibatches.
       burnin_losses: [C, B] minibatch losses of the burn-in.
-      init_loss: loss of the anchor: over the whole data set, or for a stream over all batches.
+      init_loss: loss of the anchor: over the whole data set, or for a stream over the batches of
+        the draws.
       distance: [C, D] Euclidean distance from the anchor, over the sampled coordinates.
       rhat: split R-hat of the paired losses.
       ess: their effective sample size.
@@ -68,6 +69,14 @@ class LLCEstimate:
     parts_stderr: np.ndarray | None = None
     collected: Any = None
 
+    @property
+    def worst_stability(self) -> float:
+        """Largest stability number of the finite chains; inf if one has lost its last state."""
+        found = self.stability[self.diverged_at < 0]
+        if np.isnan(found).all():  # not probed, or no chain is left
+            return math.nan
+        return math.inf if np.isnan(found).any() else float(found.max())
+
     @functools.cached_property
     def findings(self) -> list[tuple[str, str]]:
         """Pairs (label, sentence) for everything that is wrong; empty if nothing is."""
@@ -79,7 +88,7 @@ class LLCEstimate:
             diverged_at=self.diverged_at,
             below_anchor=self.below_anchor,
             acceptance=float(np.mean(self.acceptance[finite])) if finite.any() else math.nan,
-            stability=float(np.max(self.stability[finite])) if finite.any() else math.nan,
+            stability=self.worst_stability,
             diagnostics=diagnostics.Diagnostics(
                 self.stderr, self.rhat, self.ess, self.drift, self.distance_growth
             ),
@@ -98,7 +107,6 @@ class LLCEstimate:
     def summary(self) -> str:
         """Returns a table of the estimate, its diagnostics, its settings and the verdict."""
         acceptance = np.mean(self.acceptance[self.diverged_at < 0]) if self.num_finite else math.nan
-        stability = np.max(self.stability[self.diverged_at < 0]) if self.num_finite else math.nan
         rows = {
             "llc": f"{self.mean:.4g} ± {self.stderr:.2g}",
             "init loss": f"{self.init_loss:.6g}",
@@ -106,7 +114,7 @@ class LLCEstimate:
             "effective draws": f"{self.ess:.0f}",
             "finite chains": f"{self.num_finite} of {len(self.per_chain)}",
             "acceptance": f"{acceptance:.3f}",
-            "stability number": f"{stability:.3g}",
+            "stability number": f"{self.worst_stability:.3g}",
             "draws below anchor": f"{self.below_anchor:.1%}",
             **{
                 name: f"{v:.6g}" if isinstance(v, float) else v for name, v in self.settings.items()

@@ -104,6 +104,11 @@ def estimate_lanes(
         checks.parts(parts_fn, template, example, batch_size)
 
     mesh = mesh or parallel.make_mesh(lane_batch, num_chains)
+    if set(mesh.axis_names) != {parallel.CHECKPOINT, parallel.CHAIN}:
+        raise ValueError(
+            f"mesh has the axes {mesh.axis_names}: give one of {parallel.CHECKPOINT!r} and"
+            f" {parallel.CHAIN!r}, as llc_jax.parallel.make_mesh makes it."
+        )
     rows, columns = (mesh.shape[axis] for axis in (parallel.CHECKPOINT, parallel.CHAIN))
     width = rows * -(-lane_batch // rows)
     share = -(-num_chains // columns)

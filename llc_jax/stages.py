@@ -141,7 +141,7 @@ def find_plateaus(
 
     Returns:
       Steps (start, end) of every longest interval on which |slope| <= `max_slope` throughout,
-      with probability `confidence` for all of them at once. None, if the curve shows no
+      with probability `confidence` for all of them at once. Empty, if the curve shows no
       movement that could say by default what flat means.
     """
     _check_fraction("confidence", confidence)

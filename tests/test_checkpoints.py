@@ -124,16 +124,6 @@ def test_round_trip_is_bitwise_with_named_tuples(directory):
     assert_bitwise(params, params_at(10))
 
 
-def test_iteration_is_lazy_and_in_order(directory):
-    iterator = directory.iterate_params()
-    step, params = next(iterator)
-    assert step == 0
-    assert_bitwise(params, params_at(0))
-    shutil.rmtree(directory.folder / "20")
-    assert [step for step, _ in directory.iterate_params([10, 0])] == [10, 0]
-    assert next(iterator)[0] == 10
-
-
 def test_device_arrays_are_saved_too(tmp_path):
     directory = CheckpointDir(tmp_path, writer=True)
     params = {"w": jnp.arange(3.0)}
@@ -293,12 +283,6 @@ def test_damaged_step_can_be_saved_again(directory, caplog):
     directory.save(20, params_at(20), opt_state_at(20))
     assert directory.latest_good() == 20
     assert "20.corrupt" in names(directory)
-
-
-def test_iteration_skips_damage_with_a_warning(directory, caplog):
-    break_step(directory.folder / "10", "flip")
-    assert [step for step, _ in directory.iterate_params()] == [0, 20]
-    assert "skipping step 10" in caplog.text
 
 
 def test_nothing_left_is_an_error(directory, caplog):

@@ -434,12 +434,44 @@ def test_sweep_leaves_out_a_damaged_checkpoint(copy):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "config"),
-    [(train_regression, train_config), (estimate_llc, llc_config)],
+    ("experiment", "config", "remedy"),
+    [(train_regression, train_config, "--workdir"), (estimate_llc, llc_config, "--name")],
 )
-def test_changed_settings_are_refused(copy, experiment, config):
-    with pytest.raises(ValueError, match=r"seed: \d+ before, 77 now.*--workdir"):
+def test_changed_settings_are_refused(copy, experiment, config, remedy):
+    with pytest.raises(ValueError, match=rf"seed: \d+ before, 77 now.*{remedy}"):
         experiment.run(config(copy, seed=77))
+
+
+def test_what_bounds_memory_may_change(copy):
+    results.result_path(copy / "llc", 15).unlink()
+    estimate_llc.run(llc_config(copy, chain_batch=1, grad_accum=2, checkpoint_batch=2))
+    assert results.finished_steps(copy / "llc") == schedule(train_config(copy))
+
+
+def test_estimates_go_on_with_the_data_they_were_begun_with(copy):
+    path = copy / "llc/config.json"
+    path.write_text(path.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
+    results.result_path(copy / "llc", 15).unlink()
+    with pytest.raises(ValueError, match=r"the data set has SHA-256 .*--name"):
+        estimate_llc.run(llc_config(copy))
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": 0.0}, {"block": 0}, {"num_heads": 3}])
+def test_a_refused_run_leaves_nothing_to_contradict_the_next(tmp_path, wrong):
+    with pytest.raises(ValueError, match=str(*wrong.values())):
+        train_regression.run(train_config(tmp_path, **wrong))
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
+def test_the_report_is_that_of_the_last_name(copy):
+    shutil.copytree(copy / "llc", copy / "other")
+    results.result_path(copy / "other", 15).unlink()
+    find_stages.run(find_stages.Config(str(copy), name="other"))
+    pages = []
+    for name in ("llc", "other", "llc"):
+        make_report.run(make_report.Config(workdir=str(copy), preset="smoke", name=name))
+        pages.append((copy / "results.csv").read_bytes())
+    assert pages[0] == pages[2] != pages[1]
 
 
 def test_empty_workdir(tmp_path):

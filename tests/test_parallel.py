@@ -93,6 +93,11 @@ def test_the_default_mesh_uses_all_devices_with_the_same_numbers(on_one_device):
         np.testing.assert_array_equal(estimate.losses, on_one_device[step].losses)
 
 
+def test_a_mesh_of_other_axes_is_refused():
+    with pytest.raises(ValueError, match=r"axes \('x',\): give one of 'checkpoint' and 'chain'"):
+        list(estimates(jax.make_mesh((1,), ("x",))))
+
+
 class CapturedError(Exception):
     """Carries the arguments of `sample`."""
 

@@ -1,5 +1,6 @@
 """The stability number: what it measures, and that it tells where the trace does not."""
 
+import dataclasses
 import functools
 import math
 
@@ -197,6 +198,20 @@ def test_without_probes_nothing_is_measured_or_said():
     )  # fmt: skip
     assert np.isnan(estimate.stability).all()
     assert "near instability" not in estimate.verdict
+
+
+def test_a_chain_that_lost_its_last_state_is_not_passed_over():
+    good = estimate_llc(
+        jax.random.key(0), lambda params, batch: 0.5 * jnp.sum(params["w"] ** 2)[None],
+        {"w": jnp.zeros(2)}, {"x": jnp.zeros((1, 1))}, sampler=SGLD(1e-3), nbeta=10.0,
+        localization=1.0, num_chains=3, num_draws=8, num_burnin=0,
+    )  # fmt: skip
+    assert good.worst_stability == good.stability.max()
+    lost = dataclasses.replace(good, stability=np.array([0.1, np.nan, 0.2]))
+    assert lost.worst_stability == np.inf
+    assert "near instability" in lost.verdict
+    dead = dataclasses.replace(lost, diverged_at=np.array([-1, 3, -1]))
+    assert dead.worst_stability == 0.2
 
 
 # --- a preconditioner hides instability -----------------------------------------------------------

