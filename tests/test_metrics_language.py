@@ -10,7 +10,8 @@ import pytest
 
 from llc_jax.language_losses import LanguageTokenLosses
 from llc_jax.mapping import map_checkpoints
-from llc_jax.metrics.language import Behavior, icl_tokens, mean_over_sequences, questions
+from llc_jax.metrics.averages import mean_over_sequences
+from llc_jax.metrics.language import Behavior, icl_tokens, questions
 from llc_jax.models.attention_only import AttentionOnlyTransformer, ablate_positions, init_params
 
 V, L, B = 12, 10, 23

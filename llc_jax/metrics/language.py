@@ -7,18 +7,17 @@ sequences, so curves are smoother than these errors and shift as a whole with ot
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
 from llc_jax import checks
 from llc_jax.language_losses import LanguageTokenLosses
+from llc_jax.metrics.averages import mean_over_sequences
 from llc_jax.models.attention_only import (
     AttentionOnlyTransformer,
     ablate_positions,
@@ -223,53 +222,6 @@ def icl_tokens(length: int) -> tuple[int, int]:
     """Returns (late, early): tokens 500 and 50 of 1024 as published, or the same fractions of L."""
     late, early = (max(2, round(token * length / 1024)) for token in (500, 50))
     return late, early
-
-
-def mean_over_sequences(
-    function: Callable[[Batch], dict[str, jax.Array]], batch: Batch, rows: int
-) -> dict[str, jax.Array]:
-    """Means of `function(batch)` over sequences and their standard errors, in constant memory.
-
-    Args:
-      function: batch -> {name: values with a leading axis of sequences}.
-      batch: of B sequences.
-      rows: sequences at once.
-
-    Returns:
-      {name: mean, name_stderr: sqrt(variance / B)}, float32.
-    """
-    size = jax.tree.leaves(batch)[0].shape[0]
-    count = math.ceil(size / rows)
-    rows = math.ceil(size / count)
-
-    def part(number: int | jax.Array) -> Batch:
-        index = (number * rows + jnp.arange(rows)) % size  # the last part is filled up
-        return jax.tree.map(lambda x: jnp.asarray(x)[index], batch)
-
-    def flat(values: dict[str, jax.Array]) -> jax.Array:  # one array compiles faster than many
-        return jax.vmap(lambda row: ravel_pytree(row)[0])(values).astype(jnp.float32)
-
-    def add(carry, number):
-        # The update of Chan et al. 1983. The mean of squares less the square of the mean would lose
-        # digits where spreads are small.
-        mean_P, squares_P = carry
-        values_RxP = flat(function(part(number)))
-        before = (number * rows).astype(jnp.float32)
-        kept_Rx1 = (number * rows + jnp.arange(rows) < size).astype(jnp.float32)[:, None]
-        taken = kept_Rx1.sum()
-        own_P = (kept_Rx1 * values_RxP).sum(axis=0) / taken
-        own_squares_P = (kept_Rx1 * (values_RxP - own_P[None]) ** 2).sum(axis=0)
-        share, shift_P = taken / (before + taken), own_P - mean_P
-        squares_P = squares_P + own_squares_P + before * share * shift_P**2
-        return (mean_P + share * shift_P, squares_P), None
-
-    shapes = jax.eval_shape(lambda: function(part(0)))
-    zeros, unravel = ravel_pytree(
-        jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), shapes)
-    )
-    (mean_P, squares_P), _ = jax.lax.scan(add, (zeros, zeros), jnp.arange(count))
-    errors = unravel(jnp.sqrt(squares_P) / size)
-    return unravel(mean_P) | {f"{name}_stderr": error for name, error in errors.items()}
 
 
 def _cross_entropy(logits_BxLxV: jax.Array, tokens_BxL: jax.Array) -> jax.Array:

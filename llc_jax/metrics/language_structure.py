@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from llc_jax import checks
-from llc_jax.metrics.language import TOKENS_AT_ONCE, mean_over_sequences
+from llc_jax.metrics.averages import mean_over_sequences
+from llc_jax.metrics.language import TOKENS_AT_ONCE
 from llc_jax.metrics.probes import Probes
 from llc_jax.metrics.trajectory import functional_pca
 from llc_jax.models.attention_only import AttentionOnlyTransformer, attention

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llc_jax.data import regression as data
+from llc_jax.metrics.averages import mean_over_sequences
 from llc_jax.models.regression import RegressionTransformer, predictions
 from llc_jax.types import Batch, Params
 
@@ -113,9 +114,10 @@ class Behavior:
                     "far_tasks_loss": (predictions(self.model, params, steep) - y) ** 2,
                 }
 
-            return mean_over_sequences(measured, few)
+            return mean_over_sequences(measured, few, MAX_CHUNK)
 
-        return mean_over_sequences(measured, sequences) | jax.lax.map(far, jnp.array(self.gains))
+        near = mean_over_sequences(measured, sequences, MAX_CHUNK)
+        return near | jax.lax.map(far, jnp.array(self.gains))
 
 
 def icl_pairs(num_examples: int) -> list[tuple[int, int]]:
@@ -125,39 +127,6 @@ def icl_pairs(num_examples: int) -> list[tuple[int, int]]:
     """
     last, middle = num_examples - 1, 3 if num_examples >= 4 else min(1, num_examples - 1)
     return [(last, 0), (middle, 0), (last, middle)]
-
-
-def mean_over_sequences(function, batch: Batch) -> dict[str, jax.Array]:
-    """Means of `function(batch)` over sequences and their standard errors.
-
-    Args:
-      function: batch -> {name: values with a leading axis of sequences}.
-      batch: of B sequences, of which at most `MAX_CHUNK` are in memory at once.
-
-    Returns:
-      {name: mean, name_stderr: sqrt(variance / B)}.
-    """
-    size = jax.tree.leaves(batch)[0].shape[0]
-    count = -(-size // MAX_CHUNK)
-    chunk = -(-size // count)
-    rows = jnp.arange(count * chunk)
-    parts = jax.tree.map(lambda x: x[rows % size].reshape(count, chunk, *x.shape[1:]), batch)
-    kept = (rows < size).astype(jnp.float32).reshape(count, chunk)  # the last chunk is filled up
-
-    def moments(inputs):
-        part, weight = inputs
-
-        def mean(x):
-            return jnp.tensordot(weight, x.astype(jnp.float32), axes=1) / size
-
-        return {name: (mean(x), mean(x**2)) for name, x in function(part).items()}
-
-    found = {}
-    for name, sums in jax.lax.map(moments, (parts, kept)).items():
-        mean, square = (jnp.sum(x, axis=0) for x in sums)
-        found[name] = mean
-        found[f"{name}_stderr"] = jnp.sqrt(jnp.maximum(square - mean**2, 0.0) / size)
-    return found
 
 
 def _outputs(batch: Batch) -> jax.Array:
