@@ -1,5 +1,6 @@
 """The benchmarks run; what they require of compilation, memory and communication holds."""
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import train_regression
 from experiments.benchmarks import (
     chain_step,
     compile_once,
@@ -106,6 +108,14 @@ def test_language_model_runs(capsys):
     assert list(chain_step.run(chain_step.Config(model="language", **sizes))) == [2]
     with pytest.raises(ValueError, match="model='speech': give regression or language"):
         chain_step.run(chain_step.Config(model="speech", **sizes))
+
+
+@pytest.mark.slow
+def test_curvature_runs(tmp_path, capsys):
+    training = dataclasses.replace(train_regression.PRESETS["smoke"], workdir=str(tmp_path))
+    train_regression.run(training)
+    curvature.run(curvature.Config(workdir=str(tmp_path), num_data=16, repeats=1))
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"| {training.num_steps:,} |")
 
 
 @pytest.mark.slow
