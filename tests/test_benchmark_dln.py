@@ -30,7 +30,7 @@ def test_order_is_counted_over_pairs_that_differ():
 
 
 def test_errors_of_settings_and_of_the_sampler_add_up():
-    made = records(exact=[100.0, 200.0, None], aoyagi=[0.0, 0.0, 50.0], llc=[90.0, 206.0, 50.0],
+    made = records(exact=[100.0, 200.0, None], aoyagi=[90.0, 200.0, 50.0], llc=[90.0, 206.0, 50.0],
                    finite=[92.0, 200.0, 51.0])  # fmt: skip
     [row] = dln_summary.summary(made)
     # Relative errors -10, +3, 0 %; of the settings -8, 0, +2 %; so of the sampler -2, +3, -2 %.
@@ -39,6 +39,8 @@ def test_errors_of_settings_and_of_the_sampler_add_up():
     assert row["median_error_of_settings"] == pytest.approx(0.02)
     assert row["median_error_of_sampler"] == pytest.approx(0.02)
     assert row["p95_error_of_sampler"] == pytest.approx(0.02 + 0.9 * 0.01)
+    assert row["median_error_to_aoyagi"] == 0.0
+    assert row["p95_error_to_aoyagi"] == pytest.approx(0.9 * 0.03)
     assert row["order_preserved"] == 1.0
     assert "3.0%" in dln_summary.markdown([row])
 
@@ -48,6 +50,12 @@ def test_networks_without_an_estimate_are_counted_and_left_out():
     assert (row["networks"], row["failed"]) == (2, 1)
     assert row["median_relative_error"] == pytest.approx(0.1)
     assert row["median_relative_stderr"] == pytest.approx(0.02)
+
+
+def test_what_is_not_known_is_a_dash():
+    [row] = dln_summary.summary(records(exact=[100.0, 200.0], finite=[None, None]))
+    assert "| – | – |" in dln_summary.markdown([row])
+    assert "nan" not in dln_summary.markdown([row])
 
 
 @pytest.mark.slow
