@@ -85,6 +85,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def figure(records: list[dict[str, Any]], title: str):
     """Estimated against true coefficient, and the relative error, a colour per sampler."""
+    from matplotlib import ticker
+
     from llc_jax.figures import CHAIN_COLORS, INK, LLC, VERMILLION, InlineFigure
 
     fig = InlineFigure(figsize=(10, 4.2), layout="constrained")
@@ -103,13 +105,23 @@ def figure(records: list[dict[str, Any]], title: str):
         }
         left.errorbar(true, found, error, label=name, **style)
         right.errorbar(true, 100 * (found / true - 1), 100 * error / true, **style)
+        aoyagi = np.array([r["aoyagi"] for r in mine], float)
+        if (other := aoyagi != true).any():
+            hollow = {"fmt": "o", "ms": 7, "mfc": "none", "color": style["color"]}
+            at, value = aoyagi[other], found[other]
+            left.errorbar(at, value, label=f"{name}, against Aoyagi's λ", **hollow)
+            right.errorbar(at, 100 * (value / at - 1), **hollow)
     span = [min(r["aoyagi"] for r in records), max(r["aoyagi"] for r in records)]
     left.plot(span, span, color=INK, lw=1, label="exact")
-    left.set(xscale="log", yscale="log", xlabel="true λ", ylabel=f"estimated {LLC} ± 1 s.e.")
+    left.set(xscale="log", yscale="log", xlabel="local λ", ylabel=f"estimated {LLC} ± 1 s.e.")
     left.legend(fontsize=8)
     right.axhline(0, color=INK, lw=1)
     right.axhspan(-5, 5, color=INK, alpha=0.1, lw=0, label="± 5 %")
-    right.set(xscale="log", xlabel="true λ", ylabel="relative error, %")
+    right.set(xscale="log", xlabel="local λ", ylabel="relative error, %")
     right.legend(fontsize=8)
+    for axis in (left.xaxis, left.yaxis, right.xaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
     fig.suptitle(title)
     return fig
