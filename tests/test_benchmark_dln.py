@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 
+import jax
+import jax.flatten_util
 import numpy as np
+import pandas
 import pytest
 
-from experiments import benchmark_dln, dln_summary, workdir
+from experiments import benchmark_dln, dln_summary, locality, workdir
 from llc_jax.models import deep_linear
 
 FIELDS = {
@@ -96,3 +99,35 @@ def test_unknown_names_are_explained(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         benchmark_dln.run(config)
     assert not (tmp_path / "run").exists()  # refused before anything is written
+
+
+# --- how local the estimate is ------------------------------------------------------------------
+
+
+def test_stiffness_is_a_bound_at_the_anchor():
+    net = deep_linear.svd_truncated(jax.random.key(3), (6, 4, 5))
+    flat, unravel = jax.flatten_util.ravel_pytree(net.params)
+    loss = deep_linear.PopulationLoss()
+    hessian = jax.hessian(lambda w: loss(unravel(w), net.batch)[0])(flat)
+    exact = 10.0 * float(np.linalg.eigvalsh(hessian)[-1]) + 1e8
+    bound = locality.stiffness(net.params, nbeta=10.0, localization=1e8)  # nothing moves
+    assert exact <= bound <= 2 * (exact - 1e8) + 1e8
+
+
+def test_a_network_of_more_layers_is_refused(tmp_path):
+    config = dataclasses.replace(locality.PRESETS["smoke"], workdir=str(tmp_path), networks="1")
+    with pytest.raises(ValueError, match="number 1 has 3 layers"):
+        locality.run(config)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_localization_chooses_between_the_known_coefficients(tmp_path):
+    config = dataclasses.replace(
+        locality.PRESETS["smoke"], workdir=str(tmp_path), num_draws=2000, num_burnin=1000
+    )
+    locality.run(config)
+    far, near = pandas.read_csv(tmp_path / "locality.csv").to_dict("records")
+    assert abs(far["llc"] - far["aoyagi"]) < 4 * far["stderr"] < 10
+    assert abs(near["llc"] - near["local"]) < 4 * near["stderr"] < 10
+    assert (tmp_path / "locality.png").stat().st_size > 0
