@@ -153,7 +153,7 @@ def run(config: Config, phase: str = "llc") -> None:
     remedy = "give another --name"
     with workdir.lock(folder, f"shard-{shard[0]}-of-{shard[1]}-{jax.process_index()}"):
         if writer:
-            workdir.check(record, identity, remedy)
+            workdir.check(record, identity, remedy, NOT_PART_OF_AN_ESTIMATE)
         done = set(finished_steps(folder))
         steps = workdir.good_steps(kept, done)
         steps = parallel.from_process_zero(np.asarray(steps, np.int32)).tolist()
@@ -204,7 +204,7 @@ def run(config: Config, phase: str = "llc") -> None:
                 ),
                 "data_sha256": data_hash,
             }
-            workdir.settle(record, identity, facts, remedy)
+            workdir.settle(record, identity, facts, remedy, NOT_PART_OF_AN_ESTIMATE)
 
         def finish(flag):
             for count, (step, estimate) in enumerate(estimates, 1):

@@ -133,7 +133,7 @@ def run(config: Config, phase: str = "variations") -> None:
     with workdir.lock(folder, "variations"):
         line = cli.command("vary_llc", config.preset, config, PRESETS[config.preset])
         identity = cli.identity(config, MEMORY) | {"checkpoints": steps}
-        workdir.check(begun, identity)
+        workdir.check(begun, identity, without=MEMORY)
         path = folder / "records.jsonl"
         workdir.rewind_torn_line(path)
         done = {(r["what"], str(r["value"]), r["step"]) for r in workdir.read_jsonl(path)}
@@ -160,7 +160,8 @@ def run(config: Config, phase: str = "variations") -> None:
                         estimate = variations.measure(config, params, subject, step, s)
                         known[key] = variations.record(estimate)
                     found = known[key]
-                workdir.settle(begun, identity, {"command": line})  # the first was sound
+                # Not before the first, which shows that the settings are sound.
+                workdir.settle(begun, identity, {"command": line}, without=MEMORY)
                 workdir.append_jsonl(path, head | found)
                 yield count, f" {what} {value} at step {step}", None
 

@@ -55,13 +55,16 @@ def lock(folder: pathlib.Path, name: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check(path: pathlib.Path, identity: dict[str, Any], remedy: str = "") -> None:
+def check(
+    path: pathlib.Path, identity: dict[str, Any], remedy: str = "", without: Iterable[str] = ()
+) -> None:
     """Checks that a run, if it has begun, began with this configuration.
 
     Args:
       path: the JSON file that `settle` writes.
       identity: what determines the result; must not change.
       remedy: how to start afresh; to remove the folder, if none is given.
+      without: settings that are no part of the identity, which older records may have.
 
     Raises:
       ValueError: naming every setting that differs.
@@ -69,11 +72,10 @@ def check(path: pathlib.Path, identity: dict[str, Any], remedy: str = "") -> Non
     if not path.exists():
         return
     before = read_json(path)["config"]
-    # A setting that is no part of the identity any more changes nothing, whatever it was.
     changed = {
-        name: (before.get(name), value)
-        for name, value in sorted(identity.items())
-        if before.get(name) != value
+        name: (before.get(name), identity.get(name))
+        for name in sorted((before.keys() | identity.keys()).difference(without))
+        if before.get(name) != identity.get(name)
     }
     if changed:
         listing = ", ".join(
@@ -86,8 +88,9 @@ def check(path: pathlib.Path, identity: dict[str, Any], remedy: str = "") -> Non
 
 
 def settle(
-    path: pathlib.Path, identity: dict[str, Any], facts: dict[str, Any], remedy: str = ""
-) -> None:
+    path: pathlib.Path, identity: dict[str, Any], facts: dict[str, Any], remedy: str = "",
+    without: Iterable[str] = (),
+) -> None:  # fmt: skip
     """Writes the configuration of a run once it is known to be sound, or checks it.
 
     Args:
@@ -95,11 +98,12 @@ def settle(
       identity: see `check`.
       facts: preset, command, hashes: kept as the run began.
       remedy: see `check`.
+      without: see `check`.
 
     Raises:
       ValueError: naming every setting that differs.
     """
-    check(path, identity, remedy)
+    check(path, identity, remedy, without)
     if not path.exists():
         write_json(path, {"config": identity, "versions": versions(), **facts})
 

@@ -443,6 +443,9 @@ def test_changed_settings_are_refused(copy, experiment, config, remedy):
 
 
 def test_what_bounds_memory_may_change(copy):
+    record = files.read_json(copy / "llc/config.json")  # as it was when these were settings
+    record["config"] |= {"chain_batch": 0, "grad_accum": 1, "checkpoint_batch": 1}
+    files.write_json(copy / "llc/config.json", record)
     results.result_path(copy / "llc", 15).unlink()
     estimate_llc.run(llc_config(copy, chain_batch=1, grad_accum=2, checkpoint_batch=2))
     assert results.finished_steps(copy / "llc") == schedule(train_config(copy))
