@@ -63,6 +63,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             "against Aoyagi's: median, 95th percentile", "by finite nβ, γ: median",
             "by the sampler: median, 95th percentile", "order kept",
             "gradients (calibration + estimate)", "seconds, compiling included"]  # fmt: skip
+
     def share(*values: float) -> str:  # not known for the published networks
         return "–" if np.isnan(values).any() else ", ".join(f"{v:.1%}" for v in values)
 
@@ -85,9 +86,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def figure(records: list[dict[str, Any]], title: str):
     """Estimated against true coefficient, and the relative error, a colour per sampler."""
-    from matplotlib import ticker
-
-    from llc_jax.figures import CHAIN_COLORS, INK, LLC, VERMILLION, InlineFigure
+    from llc_jax.figures import CHAIN_COLORS, INK, LLC, VERMILLION, InlineFigure, log_number_axis
 
     fig = InlineFigure(figsize=(10, 4.2), layout="constrained")
     left, right = fig.subplots(1, 2)
@@ -111,7 +110,8 @@ def figure(records: list[dict[str, Any]], title: str):
             at, value = aoyagi[other], found[other]
             left.errorbar(at, value, label=f"{name}, against Aoyagi's λ", **hollow)
             right.errorbar(at, 100 * (value / at - 1), **hollow)
-    span = [min(r["aoyagi"] for r in records), max(r["aoyagi"] for r in records)]
+    known = [r[k] for r in records for k in ("aoyagi", "exact") if r[k] is not None]
+    span = [min(known), max(known)]
     left.plot(span, span, color=INK, lw=1, label="exact")
     left.set(xscale="log", yscale="log", xlabel="local λ", ylabel=f"estimated {LLC} ± 1 s.e.")
     left.legend(fontsize=8)
@@ -120,8 +120,6 @@ def figure(records: list[dict[str, Any]], title: str):
     right.set(xscale="log", xlabel="local λ", ylabel="relative error, %")
     right.legend(fontsize=8)
     for axis in (left.xaxis, left.yaxis, right.xaxis):
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-        axis.set_minor_formatter(ticker.NullFormatter())
+        log_number_axis(axis, 1, 2, 5)
     fig.suptitle(title)
     return fig

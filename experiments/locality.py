@@ -103,9 +103,7 @@ def measure(config: Config, index: int) -> list[dict]:
 
 def figure(rows: list[dict]):
     """λ̂ against the distance of the chains, a panel per network."""
-    from matplotlib import ticker
-
-    from llc_jax.figures import CHAIN_COLORS, INK, LLC, InlineFigure
+    from llc_jax.figures import CHAIN_COLORS, INK, LLC, InlineFigure, log_number_axis
 
     names = list(dict.fromkeys(r["network"] for r in rows))
     fig = InlineFigure(figsize=(5 * len(names), 3.8), layout="constrained")
@@ -120,9 +118,7 @@ def figure(rows: list[dict]):
             xscale="log", xlabel="root mean squared distance of the chains", ylabel=LLC,
             title=f"widths {mine[0]['widths']}, rank {mine[0]['rank']}",
         )  # fmt: skip
-        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
-        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+        log_number_axis(ax.xaxis, 1, 3)
         ax.legend(fontsize=8)
     return fig
 
@@ -133,12 +129,7 @@ def run(config: Config, phase: str = "locality") -> None:
     from llc_jax.files import write_atomic
 
     folder = pathlib.Path(config.workdir)
-    try:
-        indices = [int(word) for word in config.networks.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"networks={config.networks!r}: give numbers separated by commas."
-        ) from None
+    indices = [int(number) for number in numbers(config.networks)]
     with workdir.lock(folder, "locality"):
         rows = [row for index in indices for row in measure(config, index)]
         line = cli.command("locality", config.preset, config, PRESETS[config.preset])

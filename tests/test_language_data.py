@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -233,6 +234,16 @@ def test_a_token_set_holds_the_documents(corpus, tmp_path):
         assert rows.dtype == np.uint16
     assert tokens.facts["vocab_size"] == tokens.tokenizer.vocab_size == 5000
     assert tokens.facts["settings"]["source"] == str(corpus)
+
+
+def test_what_a_killed_preparation_left_goes_after_a_day(corpus, tmp_path):
+    old, young = tmp_path / "set/.tokens-old", tmp_path / "set/.tokens-young"
+    for left in (old, young):
+        left.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    language.prepare(tmp_path / "set", corpus, context=16)
+    assert young.exists()
+    assert not old.exists()
 
 
 def test_again_changes_nothing(corpus, tmp_path):

@@ -94,8 +94,9 @@ def prepare(
         return load(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_TEMPORARY}*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > _STALE:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished
+            if time.time() - left.stat().st_mtime > _STALE:
+                shutil.rmtree(left, ignore_errors=True)
     try:
         with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as name:
             temporary = pathlib.Path(name)
