@@ -16,6 +16,35 @@ def at_least(name: str, value: int, minimum: int, remedy: str = "") -> None:
         raise ValueError(f"{name}={value!r}: give an integer of at least {minimum}{reason}.")
 
 
+def step(value: Any, name: str = "step", limit: int = 2**32 - 1) -> int:
+    """Returns a training step as a Python integer.
+
+    Args:
+      value: a Python, numpy or JAX integer; not a string or a float, which may mean another step.
+      name: for the message.
+      limit: the largest.
+
+    Raises:
+      ValueError: with the value and its type.
+    """
+    scalar = np.ndim(value) == 0 and getattr(value, "dtype", None) is not None
+    concrete = scalar and not isinstance(value, jax.core.Tracer)
+    if concrete and jnp.issubdtype(value.dtype, jnp.integer):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
+        raise ValueError(
+            f"{name}={shown(value)} ({type(value).__name__}): give a training step, a whole number"
+            f" (int) from 0 to {limit:,}."
+        )
+    return value
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value in a message, cut short: arrays and containers can be of any size."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 4] + " ..."
+
+
 def nonnegative(name: str, value: float) -> None:
     """Checks that a number is finite and >= 0."""
     number = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iuf"

@@ -6,6 +6,7 @@ temperature times the number of samples, `localization` the γ of Lau et al. 202
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +32,29 @@ def default_nbeta(n: int) -> float:
     return n / math.log(n)
 
 
+class Gaps(NamedTuple):
+    """How far losses at w are above those at w*, example by example and then averaged.
+
+    Rounding of a loss is of the size of the loss; the difference of two losses of one example is
+    exact where they are close, that of two means is not.
+
+    Attributes:
+      loss: scalar, mean of the differences.
+      parts: [part] the same of each part; None without `parts_fn`.
+    """
+
+    loss: jax.Array
+    parts: jax.Array | None
+
+
 def mean_loss(loss_fn: LossFn, params: Params, batch: Batch) -> jax.Array:
-    """Returns the mean of the per-example losses as a float32 scalar."""
-    return jnp.mean(loss_fn(params, batch).astype(jnp.float32))
+    """Returns the mean of the per-example losses, a scalar, at least float32."""
+    return jnp.mean(losses_of(loss_fn, params, batch))
 
 
-def mean_parts(parts_fn: PartsFn | None, params: Params, batch: Batch) -> jax.Array | None:
-    """Returns the means of the per-example parts, float32 [part]; None without `parts_fn`."""
-    if parts_fn is None:
-        return None
-    return jnp.mean(parts_fn(params, batch).astype(jnp.float32), axis=0)
+def losses_of(loss_fn: LossFn | PartsFn, params: Params, batch: Batch) -> jax.Array:
+    """Returns the per-example losses (or parts of them), at least float32."""
+    return at_least_float32(loss_fn(params, batch))
 
 
 def loss_and_grad(
@@ -49,7 +63,9 @@ def loss_and_grad(
     batch: Batch,
     grad_accum: int = 1,
     parts_fn: PartsFn | None = None,
-) -> tuple[jax.Array, Params, jax.Array | None]:
+    anchor_losses: jax.Array | None = None,
+    anchor_parts: jax.Array | None = None,
+) -> tuple[jax.Array, Params, Gaps]:
     """Minibatch mean loss and its gradient, accumulated over `grad_accum` equal micro-batches.
 
     Args:
@@ -57,22 +73,33 @@ def loss_and_grad(
       params: where to evaluate.
       batch: leading axis a multiple of `grad_accum`.
       grad_accum: number of micro-batches; the peak memory is that of one of them.
-      parts_fn: see `mean_parts`.
+      parts_fn: parts of the per-example losses, optional.
+      anchor_losses: [batch] losses of w* on the same examples; None for 0.
+      anchor_parts: [batch, part] parts of them; None for 0.
 
     Returns:
-      (float32 scalar, gradient like params but at least float32, `mean_parts`).
+      (loss, a scalar, at least float32; gradient like params but at least float32; `Gaps`).
     """
 
     def one(micro):
-        # Differentiated together, so that the compiler sees one forward pass, not two.
-        (loss, parts), grad = jax.value_and_grad(
-            lambda p: (mean_loss(loss_fn, p, micro), mean_parts(parts_fn, p, micro)), has_aux=True
-        )(params)
-        return loss, jax.tree.map(at_least_float32, grad), parts
+        batch, anchor_losses, anchor_parts = micro
 
+        # Differentiated together, so that the compiler sees one forward pass, not two.
+        def means(p):
+            losses, parts = losses_of(loss_fn, p, batch), None
+            gaps = losses if anchor_losses is None else losses - anchor_losses
+            if parts_fn is not None:
+                parts = losses_of(parts_fn, p, batch)
+                parts = jnp.mean(parts if anchor_parts is None else parts - anchor_parts, axis=0)
+            return jnp.mean(losses), Gaps(jnp.mean(gaps), parts)
+
+        (loss, gaps), grad = jax.value_and_grad(means, has_aux=True)(params)
+        return loss, jax.tree.map(at_least_float32, grad), gaps
+
+    everything = batch, anchor_losses, anchor_parts
     if grad_accum == 1:
-        return one(batch)
-    micros = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), batch)
+        return one(everything)
+    micros = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), everything)
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], micros)))
     total, _ = jax.lax.scan(
         lambda acc, micro: (jax.tree.map(jnp.add, acc, one(micro)), None), zero, micros
@@ -89,8 +116,9 @@ def evaluate(
     localization: jax.Array,
     mask: Params | None = None,
     grad_accum: int = 1,
-    anchor_loss: jax.Array | float = 0.0,
+    anchor_losses: jax.Array | None = None,
     parts_fn: PartsFn | None = None,
+    anchor_parts: jax.Array | None = None,
 ) -> Evaluation:
     """Loss, gradient and drift of the posterior at `params` on one minibatch.
 
@@ -103,17 +131,22 @@ def evaluate(
       localization: γ, scalar.
       mask: None, or 0/1 like params; zeros take no part.
       grad_accum: number of micro-batches.
-      anchor_loss: loss of w* on the same minibatch, subtracted from the energy.
-      parts_fn: see `mean_parts`.
+      anchor_losses: [batch] losses of w* on the same minibatch; None for 0.
+      parts_fn: see `loss_and_grad`.
+      anchor_parts: see `loss_and_grad`.
     """
-    loss, grad, parts = loss_and_grad(loss_fn, params, batch, grad_accum, parts_fn)
+    loss, grad, gaps = loss_and_grad(
+        loss_fn, params, batch, grad_accum, parts_fn, anchor_losses, anchor_parts
+    )
     grad = apply_mask(mask, grad)
     pull = apply_mask(mask, displacement(params, anchor))
     drift = jax.tree.map(
         lambda g, d: nbeta.astype(g.dtype) * g + localization.astype(g.dtype) * d, grad, pull
     )
-    energy = nbeta * (loss - anchor_loss) + localization * optax.tree.vdot(pull, pull) / 2
-    return Evaluation(loss, energy.astype(jnp.float32), grad, drift, nbeta, parts)
+    energy = nbeta.astype(gaps.loss.dtype) * gaps.loss
+    distance = optax.tree.vdot(pull, pull).astype(energy.dtype)
+    energy += localization.astype(energy.dtype) * distance / 2
+    return Evaluation(loss, energy, grad, drift, nbeta, gaps)
 
 
 def displacement(params: Params, anchor: Params) -> Params:

@@ -54,14 +54,14 @@ class Evaluation(NamedTuple):
     """The posterior at one point, on one minibatch: all that a sampler sees of the model.
 
     Attributes:
-      loss: minibatch mean loss `L_B(w)`, float32 scalar.
-      energy: `nbeta (L_B(w) - L_B(w*)) + localization/2 |w - w*|²`, float32 scalar: the negative
-        log posterior up to a constant of the minibatch, which keeps its digits.
+      loss: minibatch mean loss `L_B(w)`, scalar, at least float32.
+      energy: `nbeta (L_B(w) - L_B(w*)) + localization/2 |w - w*|²`, likewise: the negative log
+        posterior up to a constant of the minibatch, which keeps its digits.
       grad: gradient of `L_B`, like params, zero where masked.
       drift: `nbeta * grad + localization * (w - w*)`, like params, zero where masked: the
         gradient of the negative log posterior.
       nbeta: weight of `grad` in `drift`, scalar.
-      parts: parts of the loss, float32 [part]; None if none were asked for.
+      gaps: `posterior.Gaps`, L_B(w) - L_B(w*) and that of the parts of the loss.
     """
 
     loss: jax.Array
@@ -69,7 +69,7 @@ class Evaluation(NamedTuple):
     grad: Params
     drift: Params
     nbeta: jax.Array
-    parts: jax.Array | None = None
+    gaps: Any = None
 
 
 class Sampler(Protocol):

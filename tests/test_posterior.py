@@ -14,6 +14,7 @@ from llc_jax.posterior import (
     displacement,
     evaluate,
     loss_and_grad,
+    losses_of,
     mean_loss,
     standard_normal_like,
 )
@@ -110,10 +111,11 @@ def test_drift_is_the_gradient_of_the_negative_log_posterior(nbeta, localization
 @pytest.mark.parametrize(("nbeta", "localization"), [(1.0, 0.0), (0.0, 3.0), (120.0, 7.0)])
 def test_energy_is_the_negative_log_posterior_above_the_anchor(nbeta, localization):
     params, anchor = tanh_params(0), tanh_params(1)
+    anchor_losses = losses_of(tanh_loss, anchor, REGRESSION)
     anchor_loss = mean_loss(tanh_loss, anchor, REGRESSION)
     scalars = jnp.float32(nbeta), jnp.float32(localization)
     here, start = (
-        evaluate(tanh_loss, w, REGRESSION, anchor, *scalars, anchor_loss=anchor_loss)
+        evaluate(tanh_loss, w, REGRESSION, anchor, *scalars, anchor_losses=anchor_losses)
         for w in (params, anchor)
     )
     expected = energy(params, anchor, nbeta, localization) - nbeta * anchor_loss
@@ -122,7 +124,7 @@ def test_energy_is_the_negative_log_posterior_above_the_anchor(nbeta, localizati
     assert here.nbeta == nbeta
     # Only what is sampled is pulled; the loss is that of all weights.
     mask = {"in": {"kernel": 0, "bias": 1}, "out": np.array([1, 0, 0, 1])}
-    held = evaluate(tanh_loss, params, REGRESSION, anchor, *scalars, mask, 1, anchor_loss)
+    held = evaluate(tanh_loss, params, REGRESSION, anchor, *scalars, mask, 1, anchor_losses)
     away = [
         params["in"]["bias"] - anchor["in"]["bias"],
         (params["out"] - anchor["out"])[np.array([0, 3])],
