@@ -14,6 +14,7 @@ from llc_jax.samplers import BAOAB, MALA, SGLD, SGNHT, AdamSGLD, RMSPropSGLD
 from llc_jax.smoothing import SmoothedCurve, smooth_curve
 from llc_jax.stages import Stage, find_plateaus, find_stages
 from llc_jax.sweep import extrapolate_step_size
+from llc_jax.tie import tie
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "find_plateaus",
     "find_stages",
     "smooth_curve",
+    "tie",
 ]

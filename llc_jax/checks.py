@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llc_jax import arrays
+from llc_jax.arrays import data_length
+from llc_jax.traced import lossless_constants, trace
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
 
@@ -39,14 +42,21 @@ def step(value: Any, name: str = "step", limit: int = 2**32 - 1) -> int:
     return value
 
 
-def shown(value: Any, limit: int = 80) -> str:
+def shown(value: Any, limit: int = 120) -> str:
     """A value in a message, cut short: arrays and containers can be of any size."""
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else text[: limit - 4] + " ..."
 
 
+def concrete(name: str, tree: Any) -> None:
+    """Checks that nothing in a tree is being traced."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise ValueError(f"{name} {arrays.TRACED}")
+
+
 def nonnegative(name: str, value: float) -> None:
     """Checks that a number is finite and >= 0."""
+    concrete(name, value)
     number = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iuf"
     if not number or not np.isfinite(value) or value < 0:
         raise ValueError(f"{name}={value!r}: give one finite number >= 0.")
@@ -87,6 +97,7 @@ def hyperparameters(sampler: Sampler) -> None:
 
 def typed_key(rng_key: jax.Array) -> None:
     """Checks for one new-style key."""
+    concrete("rng_key", rng_key)
     dtype = getattr(rng_key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed or rng_key.shape != ():
@@ -94,20 +105,6 @@ def typed_key(rng_key: jax.Array) -> None:
             f"rng_key has dtype {dtype} and shape {np.shape(rng_key)}: give one typed key,"
             " jax.random.key(seed), not PRNGKey(seed) or an array of keys."
         )
-
-
-def data_length(data: Batch) -> int:
-    """Returns the common length n of the leading axes."""
-    lengths = {
-        jax.tree_util.keystr(path): np.shape(leaf)[0] if np.ndim(leaf) else 0
-        for path, leaf in jax.tree_util.tree_leaves_with_path(data)
-    }
-    if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise ValueError(
-            f"data has leading axes {lengths}: all leaves must share one length n >= 1; give a"
-            " pytree of arrays, or llc_jax.Stream(batch_fn) for data without end."
-        )
-    return next(iter(lengths.values()))
 
 
 def batch_size(size: int | None, n: int | None, grad_accum: int) -> int:
@@ -128,10 +125,18 @@ def batch_size(size: int | None, n: int | None, grad_accum: int) -> int:
     return size
 
 
-def stream_batch_size(stream: Stream) -> int:
-    """Returns the batch size of a stream without running it."""
-    batch = jax.eval_shape(stream.batch_fn, jax.eval_shape(lambda: jax.random.key(0)))
-    return data_length(batch)
+def stream_batch(stream: Stream, rng_key: jax.Array) -> tuple[Batch, int]:
+    """Returns the shapes of a batch of a stream, and its length, without running it."""
+    key = jax.ShapeDtypeStruct((), rng_key.dtype)
+    traced = trace("batch_fn", stream.batch_fn, key)
+    if not traced.uses[0]:
+        raise ValueError(
+            "batch_fn does not depend on its key: the one batch made while it is traced would be"
+            " every minibatch of every chain. Draw rows by the key (jax.random.randint), or give"
+            " the data themselves instead of a Stream."
+        )
+    lossless_constants("batch_fn", stream.batch_fn, key)
+    return traced.out, data_length(traced.out)
 
 
 def rows(data: Batch, size: int) -> Batch:
@@ -141,32 +146,44 @@ def rows(data: Batch, size: int) -> Batch:
     )
 
 
-def params(tree: Params, step: int, template: Params | None = None) -> Params:
-    """Checks one checkpoint and returns its shapes and dtypes."""
-    if not hasattr(step, "__index__") or not 0 <= step < 2**32:
-        raise ValueError(f"checkpoint step {step}: give a training step from 0 to 2**32 - 1.")
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if not leaves:
-        raise ValueError(f"params at step {step} has no arrays: give the weights to be sampled.")
-    for path, leaf in leaves:
-        name = f"params{jax.tree_util.keystr(path)} at step {step}"
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"{name} has dtype {jnp.result_type(leaf)}: only floating-point weights can be"
-                " sampled; close loss_fn over integers and counters instead."
-            )
-        bad = int(np.sum(~np.isfinite(np.asarray(leaf))))
-        if bad:
-            raise ValueError(
-                f"{name} has {bad} of {np.size(leaf)} values that are not finite: use an earlier"
-                " checkpoint."
-            )
+def params(
+    tree: Params, at: int, template: Params | None = None, mask: Params | None = None
+) -> Params:
+    """Checks one checkpoint and returns its shapes and dtypes.
+
+    Args:
+      tree: the weights.
+      at: its training step, checked as well.
+      template: shapes and dtypes they must have, if any.
+      mask: None, or 0/1 like params; what it holds need not be finite.
+    """
+    at = step(at, "checkpoint step")
+    tree = arrays.param_arrays(tree, at, mask)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
     if template is not None and (differences := mismatches(template, shapes)):
         raise ValueError(
-            f"params at step {step} do not match those of the first checkpoint: {differences}; all"
+            f"params at step {at} do not match those of the first checkpoint: {differences}; all"
             " checkpoints of one call must come from one model."
         )
+    sampled = [True] * len(jax.tree.leaves(tree)) if mask is None else jax.tree.leaves(mask)
+    for (path, leaf), kept in zip(jax.tree_util.tree_leaves_with_path(tree), sampled, strict=True):
+        name = f"params{arrays.short(jax.tree_util.keystr(path))} at step {at}"
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            remedy = "close loss_fn over integers and counters instead"
+            if jnp.issubdtype(dtype, jnp.complexfloating):
+                remedy = "give the real and the imaginary part as two weights"
+            raise ValueError(
+                f"{name} has dtype {dtype}: only floating-point weights can be sampled; {remedy}."
+            )
+        if not np.any(kept):
+            continue
+        bad = int(np.sum(~np.isfinite(np.asarray(leaf).astype(dtype)) & kept))
+        if bad:
+            raise ValueError(
+                f"{name} has {bad} of {np.size(leaf)} values that are not finite in {dtype}: use"
+                " an earlier checkpoint, or hold them by a mask of 0."
+            )
     return shapes
 
 
@@ -199,6 +216,7 @@ def mismatches(expected: Any, found: Any, limit: int = 4) -> str:
     ]
     if not lines and jax.tree.structure(expected) != jax.tree.structure(found):
         lines = [f"{jax.tree.structure(expected)} against {jax.tree.structure(found)}"]
+    lines = [line if len(line) < 200 else f"{line[:196]} ..." for line in lines]
     return ", ".join(lines[:limit]) + (f" and {len(lines) - limit} more" * (len(lines) > limit))
 
 
@@ -206,10 +224,12 @@ def mask(tree: Any, template: Params) -> Any:
     """Checks a mask and returns it as booleans; a leaf may be a scalar for the whole weight."""
     if tree is None:
         return None
+    concrete("mask", tree)
     if jax.tree.structure(tree) != jax.tree.structure(template):
         raise ValueError(
-            f"mask has structure {jax.tree.structure(tree)}, params have"
-            f" {jax.tree.structure(template)}: give a 0 or 1 (or an array of them) per weight."
+            f"mask has structure {shown(jax.tree.structure(tree))}, params have"
+            f" {shown(jax.tree.structure(template))}: give a 0 or 1 (or an array of them) for each"
+            " weight."
         )
     for (path, leaf), weight in zip(
         jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(template), strict=True
@@ -229,30 +249,49 @@ def mask(tree: Any, template: Params) -> Any:
     return as_bool
 
 
-def losses(loss_fn: LossFn, template: Params, batch: Batch, size: int) -> None:
-    """Checks that the loss function returns one real loss per example."""
-    out = jax.eval_shape(loss_fn, template, batch)
-    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
-    if shape != (size,) or not _is_float(dtype):
-        found = f"shape {shape} and dtype {dtype}" if shape is not None else f"{type(out).__name__}"
-        hint = "; drop the final mean over the batch" if shape == () else ""
+def losses(
+    loss_fn: LossFn, template: Params, batch: Batch, size: int, mask: Params | None = None
+) -> jnp.dtype:
+    """Checks that a loss function returns one real loss per example and depends on the weights.
+
+    Args:
+      loss_fn: the user's; traced twice, not run.
+      template: shapes of the weights.
+      batch: shapes of a minibatch.
+      size: its length.
+      mask: None, or 0/1 like params: at least one weight that it leaves must matter.
+
+    Returns:
+      The dtype of the losses.
+    """
+    traced = trace("loss_fn", loss_fn, template, batch)
+    dtype = _floats("loss_fn", traced.out, (size,), "the losses of the examples")
+    used = jax.tree.leaves(traced.uses[0])
+    sampled = [True] * len(used) if mask is None else map(np.any, jax.tree.leaves(mask))
+    if not any(u and s for u, s in zip(used, sampled, strict=True)):
         raise ValueError(
-            f"loss_fn returned {found} for a batch of {size}: it must return the losses of the"
-            f" examples, shape ({size},), floating point{hint}."
+            "loss_fn does not depend on the weights that are sampled: it may close over other"
+            " weights than its argument params, or use only those that the mask holds. Compute the"
+            " losses from params."
         )
+    return dtype
 
 
 def parts(parts_fn: PartsFn, template: Params, batch: Batch, size: int) -> None:
     """Checks that the function returns a row of real parts per example."""
-    out = jax.eval_shape(parts_fn, template, batch)
+    out = trace("parts_fn", parts_fn, template, batch).out
+    width = out.shape[1:2] if len(getattr(out, "shape", ())) == 2 else ("parts",)
+    _floats("parts_fn", out, (size, *width), "a row of losses per example")
+
+
+def _floats(name: str, out: Any, wanted: tuple, what: str) -> jnp.dtype:
     shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
-    if shape is None or shape[:1] != (size,) or len(shape) != 2 or not _is_float(dtype):
-        found = f"shape {shape} and dtype {dtype}" if shape is not None else f"{type(out).__name__}"
+    if shape != wanted or not jnp.issubdtype(dtype, jnp.floating):
+        found = f"shape {shape} and dtype {dtype}" if shape is not None else shown(out)
+        hint = "; drop the final mean over the batch" if shape == () else ""
+        expected = f"({', '.join(map(str, wanted))}{',' if len(wanted) == 1 else ''})"
         raise ValueError(
-            f"parts_fn returned {found} for a batch of {size}: it must return a row of losses per"
-            f" example, shape ({size}, parts), floating point."
+            f"{name} returned {found} for a batch of {wanted[0]}: it must return {what}, shape"
+            f" {expected}, floating point{hint}."
         )
-
-
-def _is_float(dtype) -> bool:
-    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    return dtype

@@ -117,6 +117,7 @@ def findings(
     acceptance: float,
     stability: float,
     diagnostics: Diagnostics,
+    explained: bool = False,
 ) -> list[tuple[str, str]]:
     """Says what is wrong with an estimate and what to do about it.
 
@@ -129,6 +130,7 @@ def findings(
       acceptance: mean Metropolis acceptance of the steps, nan if not measured.
       stability: largest stability number of the chains, nan if not measured.
       diagnostics: those of the finite chains.
+      explained: whether another finding says why chains diverged.
 
     Returns:
       Pairs (label of a few words, sentence with numbers and remedy); empty if all is well.
@@ -141,8 +143,8 @@ def findings(
         alive = num_chains - dead.size
         rest = f"the mean is over the {alive} finite chains" if alive else "there is no estimate"
         found.append((
-            f"{dead.size} of {num_chains} chains diverged",
-            f"Non-finite values in {where}{more}; {rest}. Lower step_size.",
+            f"{dead.size} of {num_chains} chains {'stopped' if explained else 'diverged'}",
+            f"Non-finite values in {where}{more}; {rest}.{'' if explained else ' Lower step_size.'}",
         ))  # fmt: skip
     if dead.size == num_chains:
         return found

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from llc_jax import diagnostics
+from llc_jax import diagnostics, soundness
 from llc_jax.sampling import Plan, Trace
+from llc_jax.soundness import Anchor, Soundness
 from llc_jax.stability import largest_eigenvalue
 
 
@@ -26,6 +27,8 @@ class LLCEstimate:
       per_chain: [C] λ̂ of each chain, nan for a diverged one.
       losses: [C, D] minibatch losses after burn-in.
       anchor_losses: [C, D] losses of the anchor on the same minibatches.
+      gaps: [C, D] the former minus the latter, subtracted example by example; λ̂ is nbeta times
+        their mean.
       burnin_losses: [C, B] minibatch losses of the burn-in.
       init_loss: loss of the anchor: over the whole data set, or for a stream over the batches of
         the draws.
@@ -42,6 +45,8 @@ class LLCEstimate:
       num_finite: chains without a non-finite value.
       diverged_at: [C] recorded draw, burn-in counted, of the first non-finite value; -1 if none.
       settings: name -> value of every hyperparameter of the run.
+      sound: what speaks for and against loss, gradient, data and weights, see
+        `soundness.Soundness`.
       parts: [K] λ̂ of each part of the loss; None without `parts_fn`.
       parts_stderr: [K] their Monte-Carlo standard errors; nan for one that never varies.
       collected: what `collect` returned, leading axes [C, burn-in + D]; None without it.
@@ -52,6 +57,7 @@ class LLCEstimate:
     per_chain: np.ndarray
     losses: np.ndarray
     anchor_losses: np.ndarray
+    gaps: np.ndarray
     burnin_losses: np.ndarray
     init_loss: float
     distance: np.ndarray
@@ -65,6 +71,7 @@ class LLCEstimate:
     num_finite: int
     diverged_at: np.ndarray
     settings: Mapping[str, float | int | str]
+    sound: Soundness
     parts: np.ndarray | None = None
     parts_stderr: np.ndarray | None = None
     collected: Any = None
@@ -81,7 +88,10 @@ class LLCEstimate:
     def findings(self) -> list[tuple[str, str]]:
         """Pairs (label, sentence) for everything that is wrong; empty if nothing is."""
         finite = self.diverged_at < 0
-        return diagnostics.findings(
+        nbeta = float(self.settings["nbeta"])
+        return soundness.findings(
+            self.sound, self.mean, self.stderr, nbeta
+        ) + diagnostics.findings(
             mean=self.mean,
             stderr=self.stderr,
             num_chains=len(self.per_chain),
@@ -92,6 +102,7 @@ class LLCEstimate:
             diagnostics=diagnostics.Diagnostics(
                 self.stderr, self.rhat, self.ess, self.drift, self.distance_growth
             ),
+            explained=self.sound.explains_death,
         )
 
     @property
@@ -169,6 +180,7 @@ class LLCEstimate:
                 "diverged_at": ("chain", self.diverged_at),
                 "losses": (("chain", "draw"), self.losses),
                 "anchor_losses": (("chain", "draw"), self.anchor_losses),
+                "gaps": (("chain", "draw"), self.gaps),
                 "distance": (("chain", "draw"), self.distance),
                 "burnin_losses": (("chain", "burnin"), self.burnin_losses),
             },
@@ -181,31 +193,45 @@ class LLCEstimate:
 
 
 def summarize(
-    trace: Trace, init_loss: float, nbeta: float, plan: Plan, settings: Mapping[str, Any]
+    trace: Trace,
+    anchor: Anchor,
+    nbeta: float,
+    plan: Plan,
+    settings: Mapping[str, Any],
+    heating: float,
+    shared: tuple[str, ...],
 ) -> LLCEstimate:
     """Turns the traces of one checkpoint into an estimate; float64 from here on.
 
     Args:
       trace: host arrays with leading axes [chain, burn-in + draw].
-      init_loss: loss of the anchor over the whole data set, nan for a stream.
+      anchor: what the losses at the anchor say.
       nbeta: n times inverse temperature.
       plan: the sizes of the run.
       settings: stored in the estimate.
+      heating: see `Soundness`.
+      shared: see `Soundness`.
     """
-    healthy = np.isfinite([trace.losses, trace.anchor_losses, trace.distance]).all(axis=0)
+    healthy = np.isfinite([trace.losses, trace.gaps, trace.distance]).all(axis=0)
     diverged_at = np.where(healthy.all(axis=1), -1, np.argmin(healthy, axis=1))
     finite = diverged_at < 0
     after = slice(plan.num_burnin, None)
     losses, anchors = trace.losses[:, after], trace.anchor_losses[:, after]
     distance = trace.distance[:, after]
     with np.errstate(invalid="ignore"):  # inf - inf in a dead chain
-        gaps = nbeta * (losses.astype(np.float64) - anchors.astype(np.float64))
+        gaps = nbeta * trace.gaps[:, after].astype(np.float64)
         per_chain = np.where(finite, gaps.mean(axis=1), np.nan)
     diagnosis = diagnostics.diagnose(gaps[finite], distance[finite].astype(np.float64))
-    log_ratio = trace.log_acceptance[:, list(plan.probe_draws())].astype(np.float64)
     acceptance = np.full(len(finite), np.nan)
-    if log_ratio.size:
+    probes = list(plan.probe_draws())
+    if probes and trace.probe.log_acceptance is not None:
+        log_ratio = trace.probe.log_acceptance[:, probes].astype(np.float64)
         acceptance[finite] = np.exp(np.minimum(log_ratio[finite], 0.0)).mean(axis=1)
+    wanted = plan.num_probes > 0 and "step_size" in settings
+    looked_at = sorted({0, *probes}) if probes else []
+    agreement = soundness.agreement(
+        trace.probe.change[finite][:, probes], trace.probe.predicted[finite][:, probes]
+    )
     stability = np.full(len(finite), np.nan)
     if trace.stability is not None:
         stability[finite] = largest_eigenvalue(trace.stability)[finite]
@@ -220,8 +246,9 @@ def summarize(
         per_chain=per_chain,
         losses=losses,
         anchor_losses=anchors,
+        gaps=trace.gaps[:, after],
         burnin_losses=trace.losses[:, : plan.num_burnin],
-        init_loss=float(init_loss if np.isfinite(init_loss) else anchors.mean(dtype=np.float64)),
+        init_loss=anchor.init_loss if anchor.num_examples else float(anchors.mean(dtype=float)),
         distance=distance,
         rhat=diagnosis.rhat,
         ess=diagnosis.ess,
@@ -233,6 +260,14 @@ def summarize(
         num_finite=int(finite.sum()),
         diverged_at=diverged_at,
         settings=settings,
+        sound=Soundness(
+            anchor=anchor,
+            agreement=agreement,
+            gradient=trace.probe.gradient[:, looked_at],
+            heating=heating,
+            second_derivatives=trace.stability is not None or not wanted,
+            shared=shared,
+        ),
         parts=parts,
         parts_stderr=parts_stderr,
         collected=trace.collected,

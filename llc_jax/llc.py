@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from llc_jax import checks
 from llc_jax.estimate import LLCEstimate
-from llc_jax.lanes import Lane, default_nbeta_of, estimate_lanes
+from llc_jax.lanes import default_nbeta_of, estimate_lanes
+from llc_jax.program import Lane
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
 
@@ -176,12 +177,18 @@ def estimate_llc_over_settings(
     checks.sampler_instance(sampler)
     nbeta = default_nbeta_of(nbeta, data)
     leaves = [*sampler, nbeta, localization]
+    checks.concrete("settings", leaves)
     try:
         grid = np.broadcast_arrays(*[np.asarray(leaf, np.float64) for leaf in leaves])
     except ValueError:
         raise ValueError(
             f"settings have shapes {[np.shape(leaf) for leaf in leaves]}: sampler hyperparameters,"
             " nbeta and localization must broadcast against each other."
+        ) from None
+    except TypeError:
+        raise ValueError(
+            f"settings {checks.shown(leaves)}: sampler hyperparameters, nbeta and localization must"
+            " be numbers or arrays of them."
         ) from None
     columns = zip(*[leaf.ravel().tolist() for leaf in grid], strict=True)
     lanes = [Lane(step, params, type(sampler)(*row[:-2]), *row[-2:]) for row in columns]

@@ -1,5 +1,6 @@
 """One chain as a scan, many chains and checkpoints as one compiled, sharded program."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from llc_jax import vectorize
 from llc_jax.parallel import CHAIN, CHECKPOINT
-from llc_jax.posterior import apply_mask, displacement, evaluate, mean_loss, mean_parts
+from llc_jax.posterior import apply_mask, displacement, evaluate, losses_of
 from llc_jax.stability import Tridiagonal, stability_matrix
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
@@ -27,8 +28,8 @@ class Plan(NamedTuple):
       batch_size: examples per minibatch; ignored for a `Stream`, whose batches have their own.
       grad_accum: micro-batches per minibatch.
       chain_batch: chains that one device runs at once; the rest wait their turn.
-      num_probes: most draws after burn-in at which the Metropolis acceptance is measured; with 0
-        the stability number is not measured either.
+      num_probes: most draws after burn-in at which a step is looked at (`Probe`); with 0 the
+        stability number is not measured either.
     """
 
     num_draws: int
@@ -45,10 +46,29 @@ class Plan(NamedTuple):
         return self.num_burnin + self.num_draws
 
     def probe_draws(self) -> range:
-        """The draws at which acceptance is measured, evenly spaced after burn-in."""
+        """The draws at which a step is looked at, evenly spaced after burn-in."""
         every = -(-self.num_draws // max(1, self.num_probes))
         last = self.total_draws if self.num_probes else self.num_burnin
         return range(self.num_burnin, last, every)
+
+
+class Probe(NamedTuple):
+    """What one step of a chain says of sampler, loss and gradient; 0 where it was not looked at.
+
+    Attributes:
+      log_acceptance: log Metropolis ratio of the step; None if the sampler has none.
+      change: of the minibatch loss along the first `SHARE` of the step.
+      predicted: the same by the gradients at both ends, of a relative error of third order.
+      gradient: Euclidean norm of the gradient at the start of the step.
+    """
+
+    log_acceptance: jax.Array
+    change: jax.Array
+    predicted: jax.Array
+    gradient: jax.Array
+
+
+SHARE = 0.25  # short enough to leave the curvature of a step out of `Probe.change - predicted`
 
 
 class Trace(NamedTuple):
@@ -57,30 +77,23 @@ class Trace(NamedTuple):
     Attributes:
       losses: [draw] minibatch loss L_B at the draw.
       anchor_losses: [draw] loss of w* on the same minibatch.
+      gaps: [draw] the first minus the second, subtracted example by example (`posterior.Gaps`).
       distance: [draw] Euclidean distance |w - w*|.
-      log_acceptance: [draw] log Metropolis ratio of the step from the draw; nan where not probed.
-      stability: of the end of the chain, `stability.stability_matrix`; None if not probed.
-      part_gaps: [draw, part] parts of the loss at the draw minus those at w*, both means over the
-        same minibatch; None without `parts_fn`.
+      probe: `Probe` of [draw].
+      stability: of the end of the chain, `stability.stability_matrix`; None if not probed, or if
+        the loss has no second derivatives.
+      part_gaps: [draw, part] like `gaps`, of the parts of the loss; None without `parts_fn`.
       collected: what `collect` returned, stacked over draws; None without it.
     """
 
     losses: jax.Array
     anchor_losses: jax.Array
+    gaps: jax.Array
     distance: jax.Array
-    log_acceptance: jax.Array
+    probe: Probe
     stability: Tridiagonal | None
     part_gaps: jax.Array | None
     collected: Any
-
-
-def anchor_losses(loss_fn: PartsFn, params: Params, data: Batch, chunk: int) -> jax.Array:
-    """Losses of all n examples, [n] or [n, part], float32, `chunk` examples at a time."""
-    n = num_examples(data)
-    num_chunks = -(-n // chunk)
-    rows = (jnp.arange(num_chunks * chunk) % n).reshape(num_chunks, chunk)
-    losses = jax.lax.map(lambda r: loss_fn(params, take(data, r)).astype(jnp.float32), rows)
-    return losses.reshape(-1, *losses.shape[2:])[:n]
 
 
 def num_examples(data: Batch) -> int:
@@ -91,6 +104,26 @@ def num_examples(data: Batch) -> int:
 def take(data: Batch, rows: jax.Array) -> Batch:
     """Returns the examples `rows`."""
     return jax.tree.map(lambda x: x[rows], data)
+
+
+def step_keys(rng_key: jax.Array, t: jax.Array) -> jax.Array:
+    """The keys of step t of a chain: of the minibatch, of the noise."""
+    return jax.random.split(jax.random.fold_in(rng_key, t))
+
+
+def minibatch(rng_key: jax.Array, data: Batch | Stream, batch_size: int) -> tuple[Batch, Any]:
+    """Draws a minibatch; consumes `rng_key`.
+
+    Returns:
+      (examples, their rows in the data set: all of it, an int array, or None for a stream).
+    """
+    if isinstance(data, Stream):
+        return data.batch_fn(rng_key), None
+    n = num_examples(data)
+    if batch_size == n:
+        return data, slice(None)
+    rows = jax.random.randint(rng_key, (batch_size,), 0, n)
+    return take(data, rows), rows
 
 
 def sample_chain(
@@ -111,7 +144,7 @@ def sample_chain(
     """Runs one chain from the anchor.
 
     Args:
-      rng_key: identity of the chain; step t uses `fold_in(rng_key, t)` and nothing else.
+      rng_key: identity of the chain; step t uses `step_keys(rng_key, t)` and nothing else.
       loss_fn: per-example losses.
       anchor: w*, start of the chain and centre of the localization.
       data: a data set with leading axis n, or a `Stream`.
@@ -129,46 +162,34 @@ def sample_chain(
       A `Trace` over burn-in and draws. The first recorded draw of a chain with `thinning=1` is
       the anchor itself.
     """
-    probes = plan.probe_draws() if hasattr(sampler, "log_acceptance") else range(0)
 
-    def minibatch(key):
-        if isinstance(data, Stream):
-            batch = data.batch_fn(key)
-            loss, parts = mean_loss(loss_fn, anchor, batch), mean_parts(parts_fn, anchor, batch)
-            return batch, loss, parts
-        n = num_examples(data)
-        if plan.batch_size == n:
-            rows, batch = slice(None), data
+    def posterior_on(key):
+        """(minibatch, loss of the anchor on it, w -> `Evaluation` on it)."""
+        batch, rows = minibatch(key, data, plan.batch_size)
+        if rows is None:
+            losses = losses_of(loss_fn, anchor, batch)
+            parts = None if parts_fn is None else losses_of(parts_fn, anchor, batch)
         else:
-            rows = jax.random.randint(key, (plan.batch_size,), 0, n)
-            batch = take(data, rows)
-        parts = None if parts_fn is None else jnp.mean(part_reference[rows], axis=0)
-        return batch, jnp.mean(reference[rows]), parts
+            losses = reference[rows]
+            parts = None if parts_fn is None else part_reference[rows]
 
-    def posterior_on(batch, anchor_loss):
-        return lambda params: evaluate(
-            loss_fn, params, batch, anchor, nbeta, localization, mask, plan.grad_accum,
-            anchor_loss, parts_fn,
-        )  # fmt: skip
+        def posterior(params):
+            return evaluate(
+                loss_fn, params, batch, anchor, nbeta, localization, mask, plan.grad_accum,
+                losses, parts_fn, parts,
+            )  # fmt: skip
+
+        return batch, jnp.mean(losses), posterior
 
     def step(state, key_data, probing):
         batch_key, noise_key = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(rng_key))
-        batch, anchor_loss, anchor_parts = minibatch(batch_key)
-        posterior = posterior_on(batch, anchor_loss)
+        batch, anchor_loss, posterior = posterior_on(batch_key)
         new_state, here = sampler.step(noise_key, state, posterior, mask)
         distance = optax.tree.norm(apply_mask(mask, displacement(state.params, anchor)))
-
-        def probe():
-            move = displacement(new_state.params, state.params)
-            return sampler.log_acceptance(move, here, posterior(new_state.params))
-
-        ratio = getattr(new_state, "log_acceptance", jnp.float32(jnp.nan))
-        if len(probes):
-            # The predicate is the same for every chain, so vmap keeps the branch a branch.
-            ratio = jax.lax.cond(probing, probe, lambda: jnp.float32(jnp.nan))
-        parts = None if parts_fn is None else here.parts - anchor_parts
+        probe = _probe(sampler, state, new_state, here, posterior, probing if probes else None)
         extra = None if collect is None else collect(state.params, batch)
-        return new_state, (here.loss, anchor_loss, distance, ratio, parts, extra)
+        seen = here.loss, anchor_loss, here.gaps.loss, distance, probe, here.gaps.parts, extra
+        return new_state, seen
 
     def draw(state, inputs):
         key_data, probing = inputs
@@ -182,25 +203,55 @@ def sample_chain(
             (state, jax.tree.map(jnp.zeros_like, blank)),
         )
 
-    def keys_of(t):  # of the minibatch, of the noise
-        return jax.random.split(jax.random.fold_in(rng_key, t))
-
     # Of all steps at once: in the loop they would be programs of their own, every step. As data,
     # since checks for keys that are used twice do not see through a scan over keys in a vmap.
     count = plan.total_draws * plan.thinning
-    key_data = jax.vmap(lambda t: jax.random.key_data(keys_of(t)))(jnp.arange(count))
+    key_data = jax.vmap(lambda t: jax.random.key_data(step_keys(rng_key, t)))(jnp.arange(count))
     key_data = key_data.reshape(plan.total_draws, plan.thinning, *key_data.shape[1:])
+    probes = plan.probe_draws()
     draws = jnp.arange(plan.total_draws)
-    probing = jnp.isin(draws, jnp.asarray(probes, draws.dtype))
-    state, (losses, references, distance, ratio, parts, extra) = jax.lax.scan(
-        draw, sampler.init(anchor), (key_data, probing)
-    )
+    # The first draw, too: of a chain that dies at once, it is all there is to see.
+    probing = jnp.isin(draws, jnp.asarray([0, *probes], draws.dtype))
+    state, seen = jax.lax.scan(draw, sampler.init(anchor), (key_data, probing))
+    losses, references, gaps, distance, probe, parts, extra = seen
     stability = None
     if plan.num_probes and hasattr(sampler, "step_size"):
-        batch_key, start_key = keys_of(count)  # of the step after the last
-        posterior = posterior_on(*minibatch(batch_key)[:2])
-        stability = stability_matrix(start_key, sampler, state, posterior, mask)
-    return Trace(losses, references, distance, ratio, stability, parts, extra)
+        batch_key, start_key = step_keys(rng_key, count)  # of the step after the last
+        # A custom rule, a callback or a kernel may have no second derivative: sampling needs none.
+        with contextlib.suppress(TypeError, ValueError, NotImplementedError):
+            _, _, posterior = posterior_on(batch_key)
+            stability = stability_matrix(start_key, sampler, state, posterior, mask)
+    return Trace(losses, references, gaps, distance, probe, stability, parts, extra)
+
+
+def _probe(sampler, state, new_state, here, posterior, probing) -> Probe:
+    """Looks at a step where `probing`, a traced boolean; not at all if that is None."""
+    blank = jnp.zeros_like(here.gaps.loss)
+    ratio = getattr(new_state, "log_acceptance", None)
+    if hasattr(sampler, "log_acceptance"):
+        ratio = blank
+    nothing = Probe(ratio, blank, blank, blank)
+    if probing is None:
+        return nothing
+
+    def look():
+        move = displacement(new_state.params, state.params)
+        points = [jax.tree.map(lambda w, x: (w + SHARE * x).astype(w.dtype), state.params, move)]
+        if hasattr(sampler, "log_acceptance"):
+            points.append(new_state.params)
+        # One after the other in a loop: the gradient is compiled once.
+        there = jax.lax.map(posterior, jax.tree.map(lambda *w: jnp.stack(w), *points))
+        near, far = (jax.tree.map(lambda x, i=i: x[i], there) for i in (0, -1))
+        short = displacement(points[0], state.params)
+        predicted = (optax.tree.vdot(short, here.grad) + optax.tree.vdot(short, near.grad)) / 2
+        change, norm = near.gaps.loss - here.gaps.loss, optax.tree.norm(here.grad)
+        found = ratio
+        if hasattr(sampler, "log_acceptance"):
+            found = sampler.log_acceptance(move, here, far)
+        return jax.tree.map(lambda x: x.astype(blank.dtype), Probe(found, change, predicted, norm))
+
+    # The predicate is the same for every chain, so vmap keeps the branch a branch.
+    return jax.lax.cond(probing, look, lambda: nothing)
 
 
 @functools.partial(
@@ -211,6 +262,7 @@ def sample(
     rng_key: jax.Array,
     steps: jax.Array,
     checkpoints: Params,
+    references: tuple[jax.Array | None, jax.Array | None],
     data: Batch | None,
     sampler: Sampler,
     nbeta: jax.Array,
@@ -224,7 +276,7 @@ def sample(
     mesh: Mesh,
     parts_fn: PartsFn | None = None,
     collect: Callable[[Params, Batch], Any] | None = None,
-) -> tuple[jax.Array, Trace]:
+) -> Trace:
     """Samples `num_chains` chains in each of a stack of lanes: a checkpoint and its settings.
 
     Args:
@@ -233,6 +285,8 @@ def sample(
       steps: [checkpoint] training steps, uint32.
       checkpoints: params with a leading axis [checkpoint], a multiple of the mesh axis. A grid of
         settings is one checkpoint over and over.
+      references: losses [checkpoint, n] and parts [checkpoint, n, part] at the anchors, see
+        `anchors.losses_at`; None for a stream, or without `parts_fn`.
       data: finite data set, replicated; None with a `stream`.
       sampler: sampler whose hyperparameters are [checkpoint].
       nbeta: [checkpoint].
@@ -247,40 +301,36 @@ def sample(
       collect: static, see `sample_chain`.
 
     Returns:
-      (init_losses [checkpoint], nan for a stream; `Trace` with leading axes [checkpoint, chain]).
+      A `Trace` with leading axes [checkpoint, chain].
     """
 
-    def local(key, steps, chains, checkpoints, data, sampler, nbeta, localization, mask):
-        def one_checkpoint(step, anchor, sampler, nbeta, localization):
+    def local(
+        key, steps, chains, checkpoints, references, data, sampler, nbeta, localization, mask
+    ):
+        def one_checkpoint(step, anchor, reference, sampler, nbeta, localization):
             key_s = jax.random.fold_in(key, step)
-            reference, parts, init_loss = None, None, jnp.float32(jnp.nan)
-            if stream is None:
-                chunk = plan.batch_size // plan.grad_accum
-                reference = anchor_losses(loss_fn, anchor, data, chunk)
-                init_loss = vectorize.mean_of_pairs(reference)
-                if parts_fn is not None:
-                    parts = anchor_losses(parts_fn, anchor, data, chunk)
 
             def one_chain(chain):
                 return sample_chain(
-                    jax.random.fold_in(key_s, chain), loss_fn, anchor,
-                    stream or data, reference, parts, sampler, nbeta, localization, mask, plan,
-                    parts_fn, collect,
+                    jax.random.fold_in(key_s, chain), loss_fn, anchor, stream or data, *reference,
+                    sampler, nbeta, localization, mask, plan, parts_fn, collect,
                 )  # fmt: skip
 
-            return init_loss, vectorize.map_in_batches(one_chain, chains, plan.chain_batch)
+            return vectorize.map_in_batches(one_chain, chains, plan.chain_batch)
 
-        return vectorize.vmap(one_checkpoint)(steps, checkpoints, sampler, nbeta, localization)
+        return vectorize.vmap(one_checkpoint)(
+            steps, checkpoints, references, sampler, nbeta, localization
+        )
 
     lane = P(CHECKPOINT)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(), lane, P(CHAIN), lane, P(), lane, lane, lane, P()),
-        out_specs=(lane, P(CHECKPOINT, CHAIN)),
+        in_specs=(P(), lane, P(CHAIN), lane, lane, P(), lane, lane, lane, P()),
+        out_specs=P(CHECKPOINT, CHAIN),
         # Loop carries start replicated (the anchor) and end varying; nothing is ever reduced.
         check_vma=False,
     )(
-        rng_key, steps, jnp.arange(num_chains, dtype=jnp.uint32), checkpoints, data, sampler,
-        nbeta, localization, mask,
+        rng_key, steps, jnp.arange(num_chains, dtype=jnp.uint32), checkpoints, references, data,
+        sampler, nbeta, localization, mask,
     )  # fmt: skip

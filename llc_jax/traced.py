@@ -1,0 +1,162 @@
+"""What tracing a user's function says of it: shapes, whether it is pure, what it depends on."""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
+from jax.interpreters import partial_eval
+
+from llc_jax import arrays
+
+LARGE = 10_000_000  # bytes of arrays closed over that are worth a word
+_seen: dict[Any, int] = {}  # id of the last function of each code that closed over as much
+
+
+class Traced(NamedTuple):
+    """A function at the shapes of its arguments.
+
+    Attributes:
+      out: shapes of what it returns.
+      uses: for each argument, a pytree of booleans: whether the result depends on the leaf.
+      num_bytes: of the arrays that it closes over.
+    """
+
+    out: Any
+    uses: tuple[Any, ...]
+    num_bytes: int
+
+
+def trace(name: str, function: Callable[..., Any], *shapes: Any) -> Traced:
+    """Traces a function twice, without running it.
+
+    Args:
+      name: of the argument that it was given as, for messages.
+      function: the user's.
+      *shapes: pytrees of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: if it cannot be called or hashed, fails, or returns something else the second
+        time, as one does that draws from a generator or an iterator of its own.
+    """
+    if not callable(function):
+        raise ValueError(f"{name} is a {type(function).__name__}: give a function.")
+    try:
+        hash(function)
+    except TypeError:
+        raise ValueError(
+            f"{name} is a {type(function).__name__} that cannot be hashed, which compiled programs"
+            " are kept by: give a module-level function; in a dataclass put arrays into data, or"
+            " make them tuples, and use frozen=True, or eq=False."
+        ) from None
+    closed, out = _jaxpr(name, function, shapes)
+    again, _ = _jaxpr(name, function, shapes)
+    if not _same(_constants(closed), _constants(again)):
+        raise ValueError(
+            f"{name} is not pure: traced twice, it holds other constants the second time, as if it"
+            " read an iterator, a data loader or numpy's random numbers. It is traced once and"
+            " would see the same numbers ever after; draw from its arguments only (jax.random with"
+            " the key, rows of data)."
+        )
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    uses = jax.tree.unflatten(jax.tree.structure(shapes), used)
+    num_bytes = sum(getattr(x, "nbytes", 0) for x in closed.consts)
+    _say_if_new_each_time(name, function, num_bytes)
+    return Traced(out, uses, num_bytes)
+
+
+def lossless_constants(name: str, function: Callable[..., Any], *shapes: Any) -> None:
+    """Checks that the 64-bit arrays a function closes over fit into 32 bits.
+
+    Raises:
+      ValueError: as in `arrays.without_loss`.
+    """
+    if jax.config.jax_enable_x64:
+        return
+    wide = []
+    # What is not written for 64 bits may fail there, which says nothing.
+    with contextlib.suppress(Exception), jax.enable_x64(True):
+        wide = [np.asarray(x) for x in jax.make_jaxpr(function)(*shapes).consts]
+    for x in wide:
+        arrays.without_loss(f"an array of shape {x.shape} that {name} closes over", x)
+
+
+def _jaxpr(name: str, function: Callable[..., Any], shapes: Any) -> tuple[ClosedJaxpr, Any]:
+    """The jaxpr and the shapes of the result; a fresh wrapper, so that nothing is remembered."""
+    # A function under `jax.jit` would be traced once only.
+    inner = function.__wrapped__ if isinstance(function, jax.stages.Wrapped) else function
+
+    def fresh(*args):
+        return inner(*args)
+
+    try:
+        return jax.make_jaxpr(fresh, return_shape=True)(*shapes)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        found = ", ".join(
+            f"{arrays.short(jax.tree_util.keystr(path), 40)}: {x.dtype}{list(x.shape)}"
+            for path, x in jax.tree_util.tree_leaves_with_path(shapes)[-4:]
+        )
+        raise ValueError(
+            f"{name} failed when traced ({type(error).__name__}: {reason}); its last arguments were"
+            f" {found}. It must accept traced arrays of these shapes, whatever their values."
+        ) from error
+
+
+def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
+    """All constants of a jaxpr, those of inner ones too, in order."""
+    yield from closed.consts
+    stack = [closed.jaxpr]
+    while stack:
+        jaxpr = stack.pop()
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            yield from (x.val for x in eqn.invars if isinstance(x, Literal))
+            for inner in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                if isinstance(inner, ClosedJaxpr):
+                    yield from inner.consts
+                    inner = inner.jaxpr
+                if hasattr(inner, "eqns"):
+                    stack.append(inner)
+
+
+def _same(left: Iterator[Any], right: Iterator[Any]) -> bool:
+    end = object()
+    while True:
+        a, b = next(left, end), next(right, end)
+        if a is end or b is end:
+            return a is b
+        if a is b or (isinstance(a, str) and a == b):
+            continue
+        if isinstance(a, str) or isinstance(b, str) or not _equal(a, b):
+            return False
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if jnp.issubdtype(getattr(a, "dtype", None) or np.dtype(bool), jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    a, b = np.asarray(a), np.asarray(b)
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def _say_if_new_each_time(name: str, function: Callable[..., Any], num_bytes: int) -> None:
+    """Warns, once, of a function that is made anew for every call and closes over large arrays."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if num_bytes < LARGE or code is None:
+        return
+    before = _seen.setdefault(code, id(function))
+    if before not in (0, id(function)):
+        _seen[code] = 0
+        warnings.warn(
+            f"{name} closes over {num_bytes / 1e6:.0f} MB of arrays and is a new function at every"
+            " call: each is compiled afresh, and its program keeps a copy of them. Pass the arrays"
+            " in data or params and define the function once; jax.clear_caches() frees the copies.",
+            stacklevel=2,
+        )
