@@ -49,12 +49,11 @@ def data_length(data: Batch) -> int:
         name = short(jax.tree_util.keystr(path))
         known = isinstance(leaf, jax.ShapeDtypeStruct)
         shape = leaf.shape if known else np.shape(array(f"data{name}", leaf))
-        lengths[name] = shape[0] if shape else "none"
-    if not lengths or len(set(lengths.values())) > 1 or {0, "none"} & set(lengths.values()):
-        found = ", ".join(f"{name or 'data'}: {length}" for name, length in [*lengths.items()][:4])
+        lengths[name] = shape[0] if shape else 0
+    if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
         more = f" and {len(lengths) - 4} more" if len(lengths) > 4 else ""
         raise ValueError(
-            f"data has leading axes {{{found}{more}}}: all leaves must share one length n >= 1;"
+            f"data has leading axes {dict([*lengths.items()][:4])}{more}: all leaves must share one length n >= 1;"
             " give a pytree of arrays (not lists of numbers), or llc_jax.Stream(batch_fn) for data"
             " without end."
         )
@@ -74,8 +73,8 @@ def param_arrays(params: Params, step: int, mask: Any = None) -> Params:
     """
     if callable(params) or not jax.tree.leaves(params):
         raise ValueError(
-            f"params at step {step} has no arrays ({type(params).__name__}): give the pytree of"
-            " weights to be sampled, such as variables['params'], nnx.state(model, nnx.Param) or"
+            f"params at step {step} has no arrays ({type(params).__name__}): give the weights to be"
+            " sampled, a pytree such as variables['params'], nnx.state(model, nnx.Param) or"
             " equinox.filter(model, equinox.is_inexact_array)."
         )
     held = [] if mask is None else [not np.any(m) for m in jax.tree.leaves(mask)]

@@ -25,19 +25,19 @@ def step(value: Any, name: str = "step", limit: int = 2**32 - 1) -> int:
     Args:
       value: a Python, numpy or JAX integer; not a string or a float, which may mean another step.
       name: for the message.
-      limit: the largest.
+      limit: the largest, a power of 2 less 1.
 
     Raises:
       ValueError: with the value and its type.
     """
     scalar = np.ndim(value) == 0 and getattr(value, "dtype", None) is not None
-    concrete = scalar and not isinstance(value, jax.core.Tracer)
-    if concrete and jnp.issubdtype(value.dtype, jnp.integer):
+    settled = scalar and not isinstance(value, jax.core.Tracer)
+    if settled and jnp.issubdtype(value.dtype, jnp.integer):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
         raise ValueError(
-            f"{name}={shown(value)} ({type(value).__name__}): give a training step, a whole number"
-            f" (int) from 0 to {limit:,}."
+            f"{name} {shown(value)} ({type(value).__name__}): give a training step from 0 to"
+            f" 2**{limit.bit_length()} - 1, a whole number (int)."
         )
     return value
 
@@ -159,30 +159,31 @@ def params(
     """
     at = step(at, "checkpoint step")
     tree = arrays.param_arrays(tree, at, mask)
+    paths = [
+        f"params{arrays.short(jax.tree_util.keystr(path))} at step {at}"
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
+    for name, leaf in zip(paths, jax.tree.leaves(shapes), strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            remedy = "close loss_fn over integers and counters instead"
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                remedy = "give the real and the imaginary part as two weights"
+            raise ValueError(
+                f"{name} has dtype {leaf.dtype}: only floating-point weights can be sampled;"
+                f" {remedy}."
+            )
     if template is not None and (differences := mismatches(template, shapes)):
         raise ValueError(
             f"params at step {at} do not match those of the first checkpoint: {differences}; all"
             " checkpoints of one call must come from one model."
         )
-    sampled = [True] * len(jax.tree.leaves(tree)) if mask is None else jax.tree.leaves(mask)
-    for (path, leaf), kept in zip(jax.tree_util.tree_leaves_with_path(tree), sampled, strict=True):
-        name = f"params{arrays.short(jax.tree_util.keystr(path))} at step {at}"
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            remedy = "close loss_fn over integers and counters instead"
-            if jnp.issubdtype(dtype, jnp.complexfloating):
-                remedy = "give the real and the imaginary part as two weights"
+    sampled = [True] * len(paths) if mask is None else jax.tree.leaves(mask)
+    for name, leaf, kept in zip(paths, jax.tree.leaves(tree), sampled, strict=True):
+        if np.any(kept) and (bad := np.sum(~np.isfinite(_as_sampled(leaf)) & kept)):
             raise ValueError(
-                f"{name} has dtype {dtype}: only floating-point weights can be sampled; {remedy}."
-            )
-        if not np.any(kept):
-            continue
-        bad = int(np.sum(~np.isfinite(np.asarray(leaf).astype(dtype)) & kept))
-        if bad:
-            raise ValueError(
-                f"{name} has {bad} of {np.size(leaf)} values that are not finite in {dtype}: use"
-                " an earlier checkpoint, or hold them by a mask of 0."
+                f"{name} has {bad} of {np.size(leaf)} values that are not finite in"
+                f" {jnp.result_type(leaf)}: use an earlier checkpoint, or hold them by a mask of 0."
             )
     return shapes
 
@@ -201,6 +202,11 @@ def precision(tree: Params, sampler: Sampler) -> None:
                 f" which are {spacing:.2g} apart: steps of sqrt(step_size) = {noise:.2g} would be"
                 " rounded away; cast the weights to float32."
             )
+
+
+def _as_sampled(leaf: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.asarray(leaf).astype(jnp.result_type(leaf))
 
 
 def mismatches(expected: Any, found: Any, limit: int = 4) -> str:
@@ -287,7 +293,7 @@ def parts(parts_fn: PartsFn, template: Params, batch: Batch, size: int) -> None:
 def _floats(name: str, out: Any, wanted: tuple, what: str) -> jnp.dtype:
     shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
     if shape != wanted or not jnp.issubdtype(dtype, jnp.floating):
-        found = f"shape {shape} and dtype {dtype}" if shape is not None else shown(out)
+        found = f"shape {shape} and dtype {dtype}" if shape is not None else type(out).__name__
         hint = "; drop the final mean over the batch" if shape == () else ""
         expected = f"({', '.join(map(str, wanted))}{',' if len(wanted) == 1 else ''})"
         raise ValueError(

@@ -137,6 +137,8 @@ def findings(
     """
     found = []
     dead = np.flatnonzero(diverged_at >= 0)
+    if dead.size == num_chains and explained:
+        return found
     if dead.size:
         where = ", ".join(f"chain {c} at draw {diverged_at[c]}" for c in dead[:8])
         more = f" and {dead.size - 8} more" if dead.size > 8 else ""

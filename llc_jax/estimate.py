@@ -26,9 +26,8 @@ class LLCEstimate:
         same minibatch, so the error of the initial loss is part of it.
       per_chain: [C] λ̂ of each chain, nan for a diverged one.
       losses: [C, D] minibatch losses after burn-in.
-      anchor_losses: [C, D] losses of the anchor on the same minibatches.
-      gaps: [C, D] the former minus the latter, subtracted example by example; λ̂ is nbeta times
-        their mean.
+      anchor_losses: [C, D] losses of the anchor on the same minibatches, float64: the difference
+        keeps the digits that it has example by example. λ̂ is nbeta times its mean.
       burnin_losses: [C, B] minibatch losses of the burn-in.
       init_loss: loss of the anchor: over the whole data set, or for a stream over the batches of
         the draws.
@@ -57,7 +56,6 @@ class LLCEstimate:
     per_chain: np.ndarray
     losses: np.ndarray
     anchor_losses: np.ndarray
-    gaps: np.ndarray
     burnin_losses: np.ndarray
     init_loss: float
     distance: np.ndarray
@@ -88,10 +86,7 @@ class LLCEstimate:
     def findings(self) -> list[tuple[str, str]]:
         """Pairs (label, sentence) for everything that is wrong; empty if nothing is."""
         finite = self.diverged_at < 0
-        nbeta = float(self.settings["nbeta"])
-        return soundness.findings(
-            self.sound, self.mean, self.stderr, nbeta
-        ) + diagnostics.findings(
+        return soundness.findings(self.sound, self.mean, self.stderr) + diagnostics.findings(
             mean=self.mean,
             stderr=self.stderr,
             num_chains=len(self.per_chain),
@@ -180,7 +175,6 @@ class LLCEstimate:
                 "diverged_at": ("chain", self.diverged_at),
                 "losses": (("chain", "draw"), self.losses),
                 "anchor_losses": (("chain", "draw"), self.anchor_losses),
-                "gaps": (("chain", "draw"), self.gaps),
                 "distance": (("chain", "draw"), self.distance),
                 "burnin_losses": (("chain", "burnin"), self.burnin_losses),
             },
@@ -216,10 +210,10 @@ def summarize(
     diverged_at = np.where(healthy.all(axis=1), -1, np.argmin(healthy, axis=1))
     finite = diverged_at < 0
     after = slice(plan.num_burnin, None)
-    losses, anchors = trace.losses[:, after], trace.anchor_losses[:, after]
-    distance = trace.distance[:, after]
+    losses, distance = trace.losses[:, after], trace.distance[:, after]
     with np.errstate(invalid="ignore"):  # inf - inf in a dead chain
         gaps = nbeta * trace.gaps[:, after].astype(np.float64)
+        anchors = losses.astype(np.float64) - trace.gaps[:, after]
         per_chain = np.where(finite, gaps.mean(axis=1), np.nan)
     diagnosis = diagnostics.diagnose(gaps[finite], distance[finite].astype(np.float64))
     acceptance = np.full(len(finite), np.nan)
@@ -246,9 +240,8 @@ def summarize(
         per_chain=per_chain,
         losses=losses,
         anchor_losses=anchors,
-        gaps=trace.gaps[:, after],
         burnin_losses=trace.losses[:, : plan.num_burnin],
-        init_loss=anchor.init_loss if anchor.num_examples else float(anchors.mean(dtype=float)),
+        init_loss=anchor.init_loss if anchor.num_examples else float(trace.anchor_losses[:, after].mean(dtype=float)),
         distance=distance,
         rhat=diagnosis.rhat,
         ess=diagnosis.ess,
@@ -261,6 +254,7 @@ def summarize(
         diverged_at=diverged_at,
         settings=settings,
         sound=Soundness(
+            nbeta=nbeta,
             anchor=anchor,
             agreement=agreement,
             gradient=trace.probe.gradient[:, looked_at],

@@ -112,8 +112,9 @@ def estimate_llc_over_checkpoints(
       checkpoint_batch: checkpoints in flight at once, over all devices; bounds memory.
       chain_batch: chains that one device runs at once for each checkpoint; default all of its
         share; bounds memory.
-      num_probes: draws at which the Metropolis acceptance is measured (one gradient each); unless
-        0, the stability number is measured at the end of each chain (13 Hessian products).
+      num_probes: draws at which a step is looked at: its Metropolis acceptance, and whether the
+        loss changes along it as its gradient says (two gradients each); unless 0, the stability
+        number is measured at the end of each chain (13 Hessian products).
       mask: pytree of 0/1 like params; only weights with 1 are sampled.
       parts_fn: `parts_fn(params, batch)` [batch, part], e.g. losses of each token: λ̂ of each
         part from the same chains, `LLCEstimate.parts`; static.

@@ -74,6 +74,7 @@ class Soundness(NamedTuple):
     """Everything that `findings` judges beside the chains themselves.
 
     Attributes:
+      nbeta: n times inverse temperature.
       anchor: see `Anchor`.
       agreement: see `Agreement`.
       gradient: [C, P] norm of the gradient at the moves; P = 0 if none were looked at.
@@ -85,6 +86,7 @@ class Soundness(NamedTuple):
       bad_rows: rows of the data set without a finite gradient at the anchor, in that minibatch.
     """
 
+    nbeta: float
     anchor: Anchor
     agreement: Agreement
     gradient: np.ndarray
@@ -205,19 +207,18 @@ def shared_arrays(params: Params) -> tuple[str, ...]:
     return tuple(found)
 
 
-def findings(sound: Soundness, mean: float, stderr: float, nbeta: float) -> list[tuple[str, str]]:
+def findings(sound: Soundness, mean: float, stderr: float) -> list[tuple[str, str]]:
     """Says what is wrong with loss, gradient, data or weights, and what to do about it.
 
     Args:
       sound: what was found.
       mean: the estimate.
       stderr: its Monte-Carlo standard error.
-      nbeta: n times inverse temperature.
 
     Returns:
       Pairs (label of a few words, sentence with numbers and remedy); empty if all is well.
     """
-    return [*_of_the_anchor(sound), *_of_the_loss(sound, mean, stderr, nbeta),
+    return [*_of_the_anchor(sound), *_of_the_loss(sound, mean, stderr),
             *_of_the_weights(sound, mean, stderr)]  # fmt: skip
 
 
@@ -246,10 +247,8 @@ def _of_the_anchor(sound: Soundness) -> list[tuple[str, str]]:
     return []
 
 
-def _of_the_loss(
-    sound: Soundness, mean: float, stderr: float, nbeta: float
-) -> list[tuple[str, str]]:
-    anchor, seen, found = sound.anchor, sound.agreement, []
+def _of_the_loss(sound: Soundness, mean: float, stderr: float) -> list[tuple[str, str]]:
+    nbeta, anchor, seen, found = sound.nbeta, sound.anchor, sound.agreement, []
     if sound.gradient.size and np.all(sound.gradient == 0):
         found.append((
             "gradient is zero",

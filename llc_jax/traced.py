@@ -96,6 +96,8 @@ def _jaxpr(name: str, function: Callable[..., Any], shapes: Any) -> tuple[Closed
 
     try:
         return jax.make_jaxpr(fresh, return_shape=True)(*shapes)
+    except jax.errors.KeyReuseError:  # asked for by the user, and says where
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         found = ", ".join(

@@ -97,7 +97,7 @@ CASES = {
     ),
     "no params": ({"params": {}}, ["no arrays", "give the weights"]),
     "half a step": ({"step": 1.5}, ["step 1.5", "give a training step from 0"]),
-    "step as text": ({"step": "7"}, ["step 7", "give a training step from 0"]),
+    "step as text": ({"step": "7"}, ["step '7' (str)", "give a training step from 0"]),
     "negative step": ({"step": -1}, ["step -1", "give a training step from 0"]),
     "huge step": ({"step": 2**32}, ["step 4294967296", "to 2**32 - 1"]),
     "mask of other structure": (
@@ -244,7 +244,7 @@ def test_differences_between_large_trees_are_cut():
     with pytest.raises(ValueError, match=r"\['w3'\].* and 5 more; all checkpoints") as error:
         list(
             estimate_llc_over_checkpoints(
-                KEY, lambda p, b: b["x"][:, 0], [(0, many), (1, other)], DATA,
+                KEY, lambda p, b: b["x"][:, 0] * p["w0"][0], [(0, many), (1, other)], DATA,
                 sampler=SGLD(1e-3), localization=1.0, checkpoint_batch=2,
             )
         )  # fmt: skip

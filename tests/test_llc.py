@@ -459,11 +459,16 @@ def test_thinning_records_every_kth_step_of_the_same_chain():
     options = {**SMALL, **MILD, "num_probes": 8, "collect": positions_and_losses}
     thinned = run(NOISY, thinning=3, **options)
     every = every_step()
+    # Another loop may round otherwise, once in each of the 90 steps.
+    def close(found, expected):
+        bound = 90 * np.finfo(np.float32).eps * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+
     for found, expected in zip(thinned.collected, every.collected, strict=True):
-        np.testing.assert_array_equal(found, expected[:, 2::3])
+        close(found, expected[:, 2::3])
     losses = np.concatenate([every.burnin_losses, every.losses], axis=1)[:, 2::3]
-    np.testing.assert_array_equal(thinned.burnin_losses, losses[:, :6])
-    np.testing.assert_array_equal(thinned.losses, losses[:, 6:])
+    close(thinned.burnin_losses, losses[:, :6])
+    close(thinned.losses, losses[:, 6:])
     assert thinned.settings["thinning"] == 3
     # Probed draws are recorded ones: the Metropolis ratio of the last of the three steps.
     assert np.all((thinned.acceptance > 0) & (thinned.acceptance <= 1))
@@ -597,10 +602,10 @@ def test_all_chains_dead_is_said_and_nothing_is_averaged():
     assert math.isnan(dead.stderr)
     assert dead.num_finite == 0
     np.testing.assert_array_equal(dead.diverged_at, 0)
-    assert dead.verdict == "8 of 8 chains diverged"
-    assert "there is no estimate" in dead.warnings[0]
+    assert dead.verdict == "loss not finite at the anchor"
+    assert "4 of 4 examples, the first is row 0" in dead.warnings[0]
     for text in (repr(dead), dead.summary(), dead._repr_html_()):
-        assert "8 of 8 chains diverged" in text
+        assert "loss not finite at the anchor" in text
     assert math.isnan(dead.to_xarray()["llc"])
 
 
