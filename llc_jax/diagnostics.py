@@ -144,9 +144,10 @@ def findings(
         more = f" and {dead.size - 8} more" if dead.size > 8 else ""
         alive = num_chains - dead.size
         rest = f"the mean is over the {alive} finite chains" if alive else "there is no estimate"
+        what, remedy = ("stopped", "") if explained else ("diverged", " Lower step_size.")
         found.append((
-            f"{dead.size} of {num_chains} chains {'stopped' if explained else 'diverged'}",
-            f"Non-finite values in {where}{more}; {rest}.{'' if explained else ' Lower step_size.'}",
+            f"{dead.size} of {num_chains} chains {what}",
+            f"Non-finite values in {where}{more}; {rest}.{remedy}",
         ))  # fmt: skip
     if dead.size == num_chains:
         return found

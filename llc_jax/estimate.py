@@ -149,12 +149,31 @@ class LLCEstimate:
         return chain_figures.trace_figure(self)
 
     def to_xarray(self):
-        """Returns an `xarray.Dataset` with dimensions chain, draw and burnin, and part if any."""
+        """Returns an `xarray.Dataset` with dimensions chain, draw and burnin, and part if any.
+
+        What `collect` returned is there as `collected`, or a variable of this prefix for each leaf,
+        with dimension all_draws, burn-in included. Arrays without elements are left out: a file of
+        netCDF 3 with a length of 0 can be written and not be read.
+        """
+        import jax
         import xarray
 
-        parts = {}
+        parts, extra = {}, {}
         if self.parts is not None:
             parts = {"parts": ("part", self.parts), "parts_stderr": ("part", self.parts_stderr)}
+        if self.burnin_losses.size:
+            extra["burnin_losses"] = (("chain", "burnin"), self.burnin_losses)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.collected):
+            name = "collected"
+            if path:
+                name += "." + jax.tree_util.keystr(path, simple=True, separator=".")
+            while name in extra:  # {"a.b": x, "a": {"b": y}}
+                name += "_"
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            if leaf.size:
+                own = [f"{name}_{axis}" for axis in range(leaf.ndim - 2)]
+                extra[name] = (("chain", "all_draws", *own), np.asarray(leaf))
         return xarray.Dataset(
             data_vars={
                 **parts,
@@ -176,7 +195,7 @@ class LLCEstimate:
                 "losses": (("chain", "draw"), self.losses),
                 "anchor_losses": (("chain", "draw"), self.anchor_losses),
                 "distance": (("chain", "draw"), self.distance),
-                "burnin_losses": (("chain", "burnin"), self.burnin_losses),
+                **extra,
             },
             coords={
                 "chain": np.arange(len(self.per_chain)),
@@ -221,6 +240,7 @@ def summarize(
     if probes and trace.probe.log_acceptance is not None:
         log_ratio = trace.probe.log_acceptance[:, probes].astype(np.float64)
         acceptance[finite] = np.exp(np.minimum(log_ratio[finite], 0.0)).mean(axis=1)
+    mean_of_batches = float(trace.anchor_losses[:, after].mean(dtype=np.float64))
     wanted = plan.num_probes > 0 and "step_size" in settings
     looked_at = sorted({0, *probes}) if probes else []
     agreement = soundness.agreement(
@@ -241,7 +261,7 @@ def summarize(
         losses=losses,
         anchor_losses=anchors,
         burnin_losses=trace.losses[:, : plan.num_burnin],
-        init_loss=anchor.init_loss if anchor.num_examples else float(trace.anchor_losses[:, after].mean(dtype=float)),
+        init_loss=anchor.init_loss if anchor.num_examples else mean_of_batches,
         distance=distance,
         rhat=diagnosis.rhat,
         ess=diagnosis.ess,
