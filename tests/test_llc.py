@@ -603,7 +603,7 @@ def test_all_chains_dead_is_said_and_nothing_is_averaged():
     assert dead.num_finite == 0
     np.testing.assert_array_equal(dead.diverged_at, 0)
     assert dead.verdict == "loss not finite at the anchor"
-    assert "4 of 4 examples, the first is row 0" in dead.warnings[0]
+    assert "16 of 16 examples, the first is row 0" in dead.warnings[0]
     for text in (repr(dead), dead.summary(), dead._repr_html_()):
         assert "loss not finite at the anchor" in text
     assert math.isnan(dead.to_xarray()["llc"])

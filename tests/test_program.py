@@ -122,7 +122,7 @@ def test_what_is_finished_comes_out_before_the_error_of_the_next():
     second = over(solved, [0.0, 0.0, 90.0], num_probes=0)
     for estimates, error in ((first, OSError), (second, Exception)):
         got = []
-        with pytest.raises(error):  # noqa: PT012, B017
+        with pytest.raises(error):  # noqa: PT012
             for step, _ in estimates:
                 got.append(step)
         assert got == [0, 1]

@@ -65,7 +65,10 @@ def make_plan(num_draws: int, batch_size: int, **changes: int) -> Plan:
 
 
 def build(problem: Problem, num_data: int, num_checkpoints: int) -> tuple:
-    """The traced arguments of `sample`; the checkpoints are copies of an initialisation."""
+    """The traced arguments of `sample`; the checkpoints are copies of an initialisation.
+
+    The losses of the anchors are zeros: what they are costs the program nothing.
+    """
     params_key, data_key, chain_key = jax.random.split(jax.random.key(0), 3)
     params = problem.init(params_key)
     number = functools.partial(jnp.full, num_checkpoints, dtype=jnp.float32)
@@ -73,6 +76,7 @@ def build(problem: Problem, num_data: int, num_checkpoints: int) -> tuple:
         chain_key,
         jnp.arange(num_checkpoints, dtype=jnp.uint32),
         jax.tree.map(lambda x: jnp.stack([x] * num_checkpoints), params),
+        (jnp.zeros((num_checkpoints, num_data)), None),
         problem.draw(data_key, num_data),
         SGLD(number(1e-5)),
         number(30.0),
@@ -100,8 +104,8 @@ def shapes(problem: Problem, mesh: Mesh, num_data: int, num_checkpoints: int = 1
 def shardings(values: tuple, mesh: Mesh) -> tuple:
     """What has a checkpoint axis split over the mesh as `sample` splits it, the rest replicated."""
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(CHECKPOINT))
-    # key, steps, checkpoints, data, sampler, nbeta, localization, mask
-    axes = (whole, split, split, whole, split, split, split, whole)
+    # key, steps, checkpoints, references, data, sampler, nbeta, localization, mask
+    axes = (whole, split, split, split, whole, split, split, split, whole)
     return tuple(
         jax.tree.map(lambda _, to=to: to, part) for part, to in zip(values, axes, strict=True)
     )

@@ -23,8 +23,7 @@ from experiments import estimate_llc, train_regression
 from experiments.benchmarks import programs, timing
 from experiments.cli import option
 from experiments.training import schedule
-from llc_jax import parallel
-from llc_jax.sampling import anchor_losses
+from llc_jax import anchors, parallel
 
 COLLECTIVES = re.compile(
     r"\b(all-reduce|all-gather|reduce-scatter|collective-permute|collective-broadcast|all-to-all"
@@ -77,16 +76,11 @@ def fill(total: int, num_chains: int, devices: list[Any]) -> int:
 
 
 def lower_anchor(args: tuple, loss_fn, batch_size: int, mesh: Mesh):
-    """The loss of the anchors over the data set alone, as `sample` computes it."""
-
-    def local(checkpoints, data):
-        return jax.vmap(lambda w: jnp.mean(anchor_losses(loss_fn, w, data, batch_size)))(
-            checkpoints
-        )
-
-    axis = P(parallel.CHECKPOINT)
-    program = jax.shard_map(local, mesh=mesh, in_specs=(axis, P()), out_specs=axis, check_vma=False)
-    return jax.jit(program).lower(args[2], args[3])
+    """Lowers the program of the losses of the anchors, for a single pass over a minibatch."""
+    rows = jax.ShapeDtypeStruct((0, batch_size), jnp.int32, sharding=jax.NamedSharding(mesh, P()))
+    return anchors.losses_at.lower(
+        args[2], args[4], rows, loss_fn=loss_fn, parts_fn=None, mesh=mesh
+    )
 
 
 def cost(program: Any) -> collections.Counter:
@@ -135,8 +129,8 @@ def compile_sweep(config: Config, name: str) -> dict[str, Any]:
     steps, passes = config.num_burnin + config.num_draws, -(-config.num_data // config.batch_size)
 
     def per_sweep(key: str) -> int:
-        step = unprobed[key] - anchor[key]
-        chunk = steps * step + passes * anchor[key] if once else unprobed[key]
+        trips, more = (steps, passes) if once else (1, 1)
+        chunk = trips * unprobed[key] + more * anchor[key]
         return -(-total // size) * chunk
 
     return {
