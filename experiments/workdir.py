@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llc_jax.files import read_json, write_atomic, write_json
+from llc_jax.files import local_path, read_json, write_atomic, write_json
 
 PACKAGES = ("llc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpyro", "numpy")
 
@@ -30,9 +30,11 @@ def lock(folder: pathlib.Path, name: str) -> Iterator[None]:
     """Holds `<folder>/.<name>.lock`; a second holder is refused, a dead one leaves no trace.
 
     Raises:
+      ValueError: if the folder is no path of this machine.
       OSError: if the folder cannot be written, or is a file.
       RuntimeError: if another process holds the lock.
     """
+    folder = local_path(folder, "workdir")
     path = folder / f".{name}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,39 +3,39 @@
 Layout, for a folder usually called `checkpoints`:
 
     <step>/params/       Orbax item: the parameters
-    <step>/opt_state/    Orbax item: the optimizer state
+    <step>/opt_state/    Orbax item: the optimizer state, unless that has no arrays
     <step>/manifest.json size and SHA-256 of every file, and of the manifest itself
-    <step>.tmp/          a save under way, or what a killed one left behind
-    <step>.corrupt/      a step that failed verification, set aside for a person to look at
+    <step>.llc_jax.tmp/  a save under way, or what a killed one left behind
+    <step>.corrupt/      a damaged step, set aside when it was saved again
 
 A save happens under the temporary name and ends with one rename, so a folder with a plain number
 is a committed step. Orbax stores no checksums and returns wrong arrays after a bit flip, hence
 the manifest: every restore hashes the files it is going to read first.
+
+Steps of another program, in a folder without any manifest, are read as they are and never
+changed. Reading changes nothing at all: a damaged step is set aside by who saves it again.
 """
 
-import contextlib
 import errno
+import itertools
 import logging
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from llc_jax import checks, manifests
+from llc_jax import checks, files, foreign, manifests, trees
+from llc_jax.trees import CheckpointError
 from llc_jax.types import Params
 
 ITEMS = ("params", "opt_state")
 
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A step that is missing, damaged or not readable; the message says which file and why."""
 
 
 def checkpoint_steps(num_steps: int, num_log: int, num_linear: int) -> list[int]:
@@ -65,10 +65,11 @@ def checkpoint_steps(num_steps: int, num_log: int, num_linear: int) -> list[int]
 
 
 class CheckpointDir:
-    """The steps in one folder. Readers change nothing but the name of a damaged step.
+    """The steps in one folder. Reading changes nothing in it.
 
     Attributes:
       folder: where the steps are.
+      writer: whether this process writes them.
     """
 
     def __init__(self, folder: str | os.PathLike, *, writer: bool = False):
@@ -76,25 +77,27 @@ class CheckpointDir:
 
         Args:
           folder: need not exist for a reader.
-          writer: create the folder and delete what killed saves left behind. One writer at a
-            time; on a pod, process 0.
+          writer: create the folder and delete what killed saves of ours left behind. One writer at
+            a time; on a pod, process 0.
+
+        Raises:
+          ValueError: if `folder` is no path of this machine.
+          OSError: if it is a file, or cannot be written.
         """
-        self.folder = pathlib.Path(os.path.abspath(folder))
-        if writer:
-            with _explained(f"open the checkpoint folder {self.folder}", self.folder):
+        self.folder = pathlib.Path(os.path.abspath(files.local_path(folder, "folder")))
+        self.writer = writer
+        with files.explained(f"open the checkpoint folder {self.folder}", self.folder):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+            if writer:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for path in self.folder.iterdir():
-                    if re.fullmatch(r"\d+\.tmp", path.name):
-                        _log.info("removing %s, left behind by an interrupted save", path)
-                        shutil.rmtree(path)
+                for path in self.folder.glob("*.llc_jax.tmp"):
+                    _log.info("removing %s, left behind by an interrupted save", path)
+                    shutil.rmtree(path)
 
     def steps(self) -> list[int]:
         """Returns the committed steps in increasing order, without verifying them."""
-        try:
-            names = [entry.name for entry in os.scandir(self.folder) if entry.is_dir()]
-        except FileNotFoundError:
-            return []
-        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name, re.ASCII))
+        return sorted(self._paths()[0])
 
     def save(self, step: int, params: Params, opt_state: Any) -> None:
         """Commits a step: all of it or, after any failure or kill, nothing.
@@ -103,34 +106,30 @@ class CheckpointDir:
 
         Args:
           step: number of completed updates, not committed yet.
-          params: nested dict of arrays that this process holds whole.
-          opt_state: pytree of such arrays, for example optax NamedTuples.
+          params: arrays that this process holds whole, in nested dicts with string keys and lists.
+          opt_state: any pytree of such arrays, for example optax NamedTuples.
 
         Raises:
-          FileExistsError: if the step is there already and intact.
+          ValueError: if the trees could not be restored as they are; names the leaves.
+          FileExistsError: if the step is there already and intact, or not ours.
           OSError: if the disk is full or the folder not writable; older steps are intact.
         """
+        final = self._own_path(step)
+        step = int(final.name)
         if jax.process_index() != 0:
             return
-        final = self._path(step)
-        if final.exists():
-            if not (problems := self.verify(step)):
-                raise FileExistsError(
-                    errno.EEXIST,
-                    "this step is committed already and is never overwritten; "
-                    "continue after it or use another folder",
-                    str(final),
-                )
-            self._quarantine(step, problems)
-        # Host copies: Orbax would want every process of a pod to take part in saving a device's.
-        trees = jax.device_get((params, opt_state))
-        temporary = self.folder / f"{step}.tmp"
-        with _explained(f"save step {step} in {self.folder}", self.folder):
+        saved = {
+            "params": trees.storable("params", params, plain=True),
+            "opt_state": trees.storable("opt_state", opt_state, plain=False),
+        }
+        self._make_way(step, final)
+        temporary = self.folder / f"{step}.llc_jax.tmp"
+        with files.explained(f"save step {step} in {self.folder}", self.folder):
             shutil.rmtree(temporary, ignore_errors=True)
             try:
                 temporary.mkdir()
-                for item, tree in zip(ITEMS, trees, strict=True):
-                    _orbax_save(temporary / item, tree)
+                for item, tree in saved.items():
+                    trees.save(temporary / item, tree)
                 manifests.write_manifest(temporary, step)
                 os.rename(temporary, final)
                 manifests.sync(self.folder)
@@ -141,45 +140,50 @@ class CheckpointDir:
     def verify(self, step: int, items: Iterable[str] = ITEMS) -> list[str]:
         """Hashes the files of a step and returns what is wrong, in sentences; [] if nothing is.
 
-        Changes nothing. Damage in `items` that are not asked for goes unnoticed.
+        Damage in `items` that are not asked for goes unnoticed. A step of another program has no
+        manifest to be verified by, which is then what is wrong.
         """
-        return manifests.find_problems(self._path(step), tuple(items))
+        return manifests.find_problems(self._own_path(step), tuple(items))
 
     def latest_good(self) -> int | None:
         """Returns the newest step that verifies, or None if nothing was ever committed.
 
-        Newer steps that fail are set aside with a warning that names the file.
+        Newer steps that fail are left out with a warning that names the file. Steps of another
+        program count as good if they can be read.
 
         Raises:
           CheckpointError: if there are steps and all of them fail.
         """
-        steps = self.steps()
-        for step in reversed(steps):
-            if not (problems := self.verify(step)):
+        paths, alien = self._paths()
+        found = sorted(paths, reverse=True)
+        for step, older in itertools.zip_longest(found, found[1:]):
+            problems = self._unreadable(paths[step]) if alien else self.verify(step)
+            if not problems:
                 return step
-            self._quarantine(step, problems)
-            older = [s for s in steps if s < step]
             _log.warning(
-                "falling back from step %d to %s",
+                "checkpoint %s is skipped: %s; falling back from step %d to %s",
+                paths[step],
+                "; ".join(problems)[:300],
                 step,
-                f"step {older[-1]}" if older else "nothing: no older step is left",
+                "nothing: no older step is left" if older is None else f"step {older}",
             )
-        if steps:
+        if found:
             raise CheckpointError(
-                f"all {len(steps)} checkpoints in {self.folder} failed verification and were "
-                "renamed *.corrupt; restore them from a copy or start again in a new folder."
+                f"all {len(found)} checkpoints in {self.folder} failed verification (the last:"
+                f" {problems[0][:200]}) and were left as they are; restore them from a copy or"
+                " start again in a new folder."
             )
         return None
 
     def restore_params(self, step: int) -> Params:
-        """Returns the parameters of a step as a plain nested dict of numpy arrays.
+        """Returns the parameters of a step as nested dicts (and lists) of numpy arrays.
 
         Raises:
-          CheckpointError: if the step is missing or, after setting it aside, damaged. Another
-            step is never put in its place.
+          CheckpointError: if the step is missing or damaged. Another step is never put in its
+            place.
         """
-        self._require_good(step, ("params",))
-        return _orbax_restore(self._path(step) / "params", None)
+        path, alien = self._require_good(step, ("params",))
+        return self._read_alien(path) if alien else trees.restore(path / "params")
 
     def restore_state(
         self, opt_state_like: Any, step: int | None = None
@@ -192,105 +196,102 @@ class CheckpointDir:
           step: which one; None takes `latest_good()`.
 
         Raises:
-          CheckpointError: if there is no such step, or it is damaged.
+          CheckpointError: if there is no such step, or it is damaged, or another program's.
           ValueError: if the saved state belongs to another optimizer or model.
         """
+        unverified = ITEMS
         if step is None:
-            step = self.latest_good()  # verifies
+            step, unverified = self.latest_good(), ()
             if step is None:
                 raise CheckpointError(f"no checkpoint in {self.folder}; save step 0 first.")
-        else:
-            self._require_good(step, ITEMS)
-        path = self._path(step)
-        opt_state = _orbax_restore(path / "opt_state", opt_state_like)
-        if differences := checks.mismatches(opt_state_like, opt_state):
+        path, alien = self._require_good(step, unverified)
+        if alien:
+            raise CheckpointError(
+                f"{path} has no {manifests.NAME}: written by another program? Its weights can be"
+                " read by restore_params, its optimizer state only by that program."
+            )
+        like = trees.shapes(opt_state_like)
+        opt_state = trees.restore(path / "opt_state", like)
+        if differences := checks.mismatches(like, trees.shapes(opt_state)):
             raise ValueError(
                 f"the optimizer state in {path} does not fit opt_state_like: "
                 f"{differences}; pass that of the model which was trained."
             )
-        return step, _orbax_restore(path / "params", None), opt_state
+        return int(path.name), trees.restore(path / "params"), opt_state
 
-    def _path(self, step: int) -> pathlib.Path:
-        checks.at_least("step", step, 0)
-        return self.folder / str(step)
+    def _own_path(self, step: int) -> pathlib.Path:
+        return self.folder / str(checks.step(step, limit=files.LAST_STEP))
 
-    def _require_good(self, step: int, items: tuple[str, ...]) -> None:
-        path = self._path(step)
-        if not path.is_dir():
-            raise CheckpointError(f"no checkpoint {path}; committed steps: {self.steps()}.")
-        if problems := self.verify(step, items):
-            self._quarantine(step, problems)
-            raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}.")
+    def _paths(self) -> tuple[dict[int, pathlib.Path], bool]:
+        """The folders of the steps, and whether they are those of another program."""
+        try:
+            names = [entry.name for entry in os.scandir(self.folder) if entry.is_dir()]
+        except FileNotFoundError:
+            return {}, False
+        numbers = [name for name in names if re.fullmatch(r"0|[1-9]\d*", name, re.ASCII)]
+        own = {int(name): self.folder / name for name in numbers}
+        if any((path / manifests.NAME).exists() for path in own.values()):
+            return own, False
+        alien = foreign.steps(self.folder)
+        return alien or own, bool(alien)
 
-    def _quarantine(self, step: int, problems: list[str]) -> None:
-        path = self._path(step)
-        target, number = path.with_name(f"{step}.corrupt"), 0
+    def _require_good(self, step: int, items: tuple[str, ...]) -> tuple[pathlib.Path, bool]:
+        step = int(self._own_path(step).name)
+        paths, alien = self._paths()
+        path = paths.get(step, self.folder / str(step))
+        if step not in paths:
+            found = sorted(paths)
+            listed = found if len(found) < 20 else f"{found[:9]} ... {found[-9:]}"
+            whole = foreign.is_orbax(self.folder) and not found
+            hint = "; the folder is one checkpoint itself: open the folder it is in" * whole
+            raise CheckpointError(f"no checkpoint {path}; committed steps: {listed}{hint}.")
+        if not alien and (problems := self.verify(step, items)):
+            raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)[:400]}.")
+        return path, alien
+
+    def _read_alien(self, path: pathlib.Path) -> Params:
+        _log.warning(
+            "%s has no %s: written by another program? It is read as it is, nothing is verified",
+            path,
+            manifests.NAME,
+        )
+        return trees.restore_foreign(foreign.item(path))
+
+    def _unreadable(self, path: pathlib.Path) -> list[str]:
+        try:
+            self._read_alien(path)
+        except CheckpointError as error:
+            return [str(error)]
+        return []
+
+    def _make_way(self, step: int, final: pathlib.Path) -> None:
+        """Sees to it that nothing is where a step is about to be saved."""
+        problems, why = [], ""
+        if self._paths()[1] or (final.exists() and not manifests.is_ours(final, ITEMS)):
+            why = (
+                f"written by another program (no {manifests.NAME}), and never changed; save into a"
+                " folder of your own"
+            )
+        elif final.exists() and not (problems := self.verify(step)):
+            why = (
+                "this step is committed already and is never overwritten; continue after it or use"
+                " another folder"
+            )
+        elif problems and not self.writer:
+            why = "this step is damaged; CheckpointDir(folder, writer=True) may replace it"
+        if why:
+            raise FileExistsError(errno.EEXIST, why, str(final))
+        if not problems:
+            return
+        target, number = final.with_name(f"{step}.corrupt"), 0
         while target.exists():
             number += 1
-            target = path.with_name(f"{step}.corrupt.{number}")
-        try:
-            os.rename(path, target)
-            fate = f"set aside as {target.name}"
-        except OSError as error:  # a read-only folder, or another process was first
-            fate = f"left where it is ({error.strerror})"
-        _log.warning("checkpoint %s is damaged and %s: %s", path, fate, "; ".join(problems))
-
-
-def _checkpointer():
-    """A synchronous Orbax checkpointer that waits for no other process."""
-    import orbax.checkpoint as ocp  # half a second, and not needed to list or verify steps
-
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-def _orbax_save(path: pathlib.Path, tree: Any) -> None:
-    import orbax.checkpoint as ocp
-
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
-
-
-def _orbax_restore(path: pathlib.Path, like: Any) -> Any:
-    import orbax.checkpoint as ocp
-
-    try:
-        with _checkpointer() as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=like))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[:1]
-        if like is not None and "structures do not match" in str(error):
-            raise ValueError(
-                f"the optimizer state in {path} has another structure than opt_state_like; pass "
-                "that of the optimizer and model which were trained."
-            ) from error
-        raise CheckpointError(
-            f"the files of {path} are intact but Orbax {ocp.__version__} cannot read them "
-            f"({type(error).__name__}: {''.join(reason)}); {manifests.NAME} names the version that "
-            "wrote them."
-        ) from error
-
-
-@contextlib.contextmanager
-def _explained(action: str, folder: pathlib.Path) -> Iterator[None]:
-    """Turns what the file system or Orbax raises into one OSError with path and remedy."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        if not isinstance(error, OSError) and not re.search(r"\b[A-Z_]{5,}: ", text):
-            raise  # not a status code of the storage layer: the arguments are wrong
-        number = getattr(error, "errno", None) or errno.EIO
-        if number == errno.ENOSPC or "RESOURCE_EXHAUSTED" in text:
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left to {action} "
-                f"({shutil.disk_usage(existing).free:,} bytes are free); older steps are intact, "
-                "free some space and run again",
-            ) from error
-        reason = getattr(error, "strerror", None) or "".join(text.strip().splitlines()[:1])
-        raise OSError(number, f"cannot {action}: {reason}") from error
+            target = final.with_name(f"{step}.corrupt.{number}")
+        with files.explained(f"set damaged step {step} in {self.folder} aside", self.folder):
+            os.rename(final, target)
+        _log.warning(
+            "checkpoint %s is damaged and set aside as %s: %s",
+            final,
+            target.name,
+            "; ".join(problems)[:300],
+        )

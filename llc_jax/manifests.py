@@ -37,7 +37,7 @@ def find_problems(folder: pathlib.Path, items: tuple[str, ...]) -> list[str]:
         if content["step"] != int(folder.name):
             return [f"{NAME} belongs to step {content['step']}"]
     except (FileNotFoundError, NotADirectoryError):
-        return [f"{NAME} is missing"]
+        return [f"{NAME} is missing: a copy under way, or written by another program?"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return [f"{NAME} is not a manifest"]
     wanted = {name for name in listed if name.split("/")[0] in items}
@@ -49,6 +49,14 @@ def find_problems(folder: pathlib.Path, items: tuple[str, ...]) -> list[str]:
     for name in sorted(wanted & set(found)):
         problems += _file_problems(name, found[name], *listed[name])
     return problems
+
+
+def is_ours(folder: pathlib.Path, items: tuple[str, ...]) -> bool:
+    """Whether a folder can only be a step of ours, whole or what is left of one."""
+    if not folder.is_dir():
+        return False
+    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return NAME in names or set(names) <= set(items)
 
 
 def _file_problems(name: str, path: pathlib.Path, size: int, sha256: str) -> list[str]:
