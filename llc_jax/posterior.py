@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from llc_jax.scalars import number, shown
 from llc_jax.types import Batch, Evaluation, LossFn, Params, PartsFn
+from llc_jax.vectors import vdot, widest
 
 
 def default_nbeta(n: int) -> float:
@@ -27,9 +28,10 @@ def default_nbeta(n: int) -> float:
 
     Source: Watanabe 2013 (JMLR 14), theorem 4: β = 1 / log n.
     """
-    if n < 2:
-        raise ValueError(f"default_nbeta needs n >= 2, got {n}: give nbeta yourself.")
-    return n / math.log(n)
+    count = number(n)
+    if count is None or not 2 <= count < math.inf:
+        raise ValueError(f"default_nbeta needs n >= 2, got {shown(n)}: give nbeta yourself.")
+    return count / math.log(count)
 
 
 class Gaps(NamedTuple):
@@ -144,8 +146,7 @@ def evaluate(
         lambda g, d: nbeta.astype(g.dtype) * g + localization.astype(g.dtype) * d, grad, pull
     )
     energy = nbeta.astype(gaps.loss.dtype) * gaps.loss
-    distance = optax.tree.vdot(pull, pull).astype(energy.dtype)
-    energy += localization.astype(energy.dtype) * distance / 2
+    energy += localization.astype(energy.dtype) * vdot(pull, pull).astype(energy.dtype) / 2
     return Evaluation(loss, energy, grad, drift, nbeta, gaps)
 
 
@@ -175,8 +176,7 @@ def standard_normal_like(rng_key: jax.Array, tree: Params) -> Params:
     leaves (12 s instead of 1 s for a small transformer on a CPU).
     """
     leaves, structure = jax.tree.flatten(tree)
-    widest = max((leaf.dtype for leaf in leaves), key=lambda dtype: jnp.finfo(dtype).bits)
-    flat = jax.random.normal(rng_key, (sum(leaf.size for leaf in leaves),), widest)
+    flat = jax.random.normal(rng_key, (sum(leaf.size for leaf in leaves),), widest(tree))
     ends = [int(end) for end in np.cumsum([leaf.size for leaf in leaves])]
     pieces = jnp.split(flat, ends[:-1])
     noise = [

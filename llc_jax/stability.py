@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
 from llc_jax.types import Evaluation, Params, Sampler
+from llc_jax.vectors import norm, vdot, widest
 
 NUM_ITERATIONS = 12  # Hessian-vector products: outliers of a spectrum stand within a few percent
 
@@ -25,8 +25,8 @@ class Tridiagonal(NamedTuple):
     much of a sampler, and a library call per device on the host's own threads can deadlock.
 
     Attributes:
-      diagonal: [..., k], float32.
-      off_diagonal: [..., k - 1], float32.
+      diagonal: [..., k], at least float32.
+      off_diagonal: [..., k - 1], likewise.
     """
 
     diagonal: jax.Array
@@ -50,9 +50,9 @@ def tridiagonal(rng_key: jax.Array, matvec, params: Params, num_iterations: int)
     wide = jax.tree.map(at_least_float32, params)
 
     def unit(v):
-        norm = optax.tree.norm(v)
-        safe = jnp.where(norm > 0, norm, 1).astype(jnp.float32)
-        return norm.astype(jnp.float32), jax.tree.map(lambda x: x / safe.astype(x.dtype), v)
+        length = norm(v)
+        safe = jnp.where(length > 0, length, 1)
+        return length, jax.tree.map(lambda x: x / safe.astype(x.dtype), v)
 
     # One product first: it takes the start out of the null space, masked coordinates included.
     _, start = unit(matvec(standard_normal_like(rng_key, wide)))
@@ -60,16 +60,17 @@ def tridiagonal(rng_key: jax.Array, matvec, params: Params, num_iterations: int)
     def iterate(carry, _):
         before, now, beta = carry
         image = matvec(now)
-        alpha = optax.tree.vdot(now, image).astype(jnp.float32)
+        alpha = vdot(now, image)
         rest = jax.tree.map(
             lambda y, v, u: y - alpha.astype(y.dtype) * v - beta.astype(y.dtype) * u,
             image, now, before,
         )  # fmt: skip
-        norm, following = unit(rest)
-        return (now, following, norm), (alpha, norm)
+        length, following = unit(rest)
+        return (now, following, length), (alpha, length)
 
     zero = jax.tree.map(jnp.zeros_like, start)
-    _, (alphas, betas) = jax.lax.scan(iterate, (zero, start, jnp.float32(0)), length=num_iterations)
+    none = jnp.zeros((), widest(start))
+    _, (alphas, betas) = jax.lax.scan(iterate, (zero, start, none), length=num_iterations)
     return Tridiagonal(alphas, betas[:-1])
 
 
@@ -119,4 +120,4 @@ def stability_matrix(
         return jax.tree.map(jnp.multiply, scale, image)
 
     found = tridiagonal(rng_key, matvec, params, NUM_ITERATIONS)
-    return jax.tree.map(lambda x: jnp.asarray(sampler.step_size, jnp.float32) * x, found)
+    return jax.tree.map(lambda x: jnp.asarray(sampler.step_size, x.dtype) * x, found)

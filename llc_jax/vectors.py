@@ -9,6 +9,29 @@ import numpy as np
 from llc_jax.types import Params
 
 
+def widest(tree: Params) -> np.dtype:
+    """The widest dtype of the leaves, at least float32: that of what is summed over all of them."""
+    bits = max(jnp.finfo(leaf.dtype).bits for leaf in jax.tree.leaves(tree))
+    return np.dtype(np.float64 if bits > 32 else np.float32)
+
+
+def vdot(a: Params, b: Params) -> jax.Array:
+    """Inner product of two trees alike, a scalar of their widest dtype.
+
+    Each leaf is summed in its own dtype: leaves of several are never promoted to each other, which
+    strict promotion refuses.
+    """
+    dtype = widest(a)
+    products = jax.tree.map(lambda x, y: jnp.vdot(x, y, precision="highest").astype(dtype), a, b)
+    return sum(jax.tree.leaves(products))
+
+
+def norm(tree: Params) -> jax.Array:
+    """Euclidean norm of a tree, a scalar of its widest dtype."""
+    dtype = widest(tree)
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)).astype(dtype) for x in jax.tree.leaves(tree)))
+
+
 class Layout(NamedTuple):
     """How a pytree of weights is one vector: static, hashable, compared by value."""
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from llc_jax.samplers.langevin import langevin_step
 from llc_jax.samplers.rmsprop_sgld import inverse_root, moving_average, start_square
 from llc_jax.types import Evaluation, Params
+from llc_jax.vectors import widest
 
 
 class AdamSGLDState(NamedTuple):
@@ -18,7 +19,7 @@ class AdamSGLDState(NamedTuple):
       params: the position w_t.
       mean: m_t, running mean of the gradient, like params, at least float32.
       square: V_t, running mean of the squared gradient, like params, at least float32.
-      count: t, number of gradients in both, float32 scalar.
+      count: t, number of gradients in both, scalar of the widest dtype of params.
     """
 
     params: Params
@@ -57,7 +58,7 @@ class AdamSGLD(NamedTuple):
     def init(self, params: Params) -> AdamSGLDState:
         """Starts a chain at `params`."""
         mean, square = start_square(params, 0.0), start_square(params, 1.0)
-        return AdamSGLDState(params, mean, square, jnp.zeros((), jnp.float32))
+        return AdamSGLDState(params, mean, square, jnp.zeros((), widest(params)))
 
     def step(
         self,
@@ -71,18 +72,23 @@ class AdamSGLD(NamedTuple):
         mean = moving_average(self.momentum, state.mean, here.grad)
         square = moving_average(self.decay, state.square, jax.tree.map(jnp.square, here.grad))
         state = AdamSGLDState(state.params, mean, square, state.count + 1)
-        correction = 1 - self.momentum**state.count
+        correction = weight_seen(self.momentum, state.count)
 
         def average(drift, grad, m):
             # drift = nbeta grad + pull: exchange the gradient and leave the pull.
             return drift + here.nbeta.astype(m.dtype) * (m / correction.astype(m.dtype) - grad)
 
         drift = jax.tree.map(average, here.drift, here.grad, mean)
-        scale = inverse_root(state.square, 1 - self.decay**state.count, self.epsilon)
+        scale = inverse_root(state.square, weight_seen(self.decay, state.count), self.epsilon)
         params = langevin_step(rng_key, state.params, drift, self.step_size, mask, scale)
         return state._replace(params=params), here
 
     def preconditioner(self, state: AdamSGLDState) -> Params:
         """G / (1 - momentum) after the last step, like params: the delay acts like longer steps."""
-        scale = inverse_root(state.square, 1 - self.decay**state.count, self.epsilon)
+        scale = inverse_root(state.square, weight_seen(self.decay, state.count), self.epsilon)
         return jax.tree.map(lambda g: g / (1 - jnp.asarray(self.momentum, g.dtype)), scale)
+
+
+def weight_seen(memory: float | jax.Array, count: jax.Array) -> jax.Array:
+    """`1 - memory^count`: the weight of all that a running mean has seen."""
+    return 1 - jnp.asarray(memory, count.dtype) ** count

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
 from llc_jax.types import Evaluation, Params
+from llc_jax.vectors import widest
 
 
 class BAOABState(NamedTuple):
@@ -62,9 +63,11 @@ class BAOAB(NamedTuple):
     ) -> tuple[BAOABState, Evaluation]:
         """One step; consumes `rng_key`; returns the evaluation at the point before the step."""
         here = evaluate(state.params)
-        h = jnp.sqrt(jnp.asarray(self.step_size, jnp.float32))
-        forget = jnp.exp(-self.friction * h)
-        noise = jnp.sqrt(-jnp.expm1(-2 * self.friction * h))
+        dtype = widest(here.drift)
+        h = jnp.sqrt(jnp.asarray(self.step_size, dtype))
+        friction = jnp.asarray(self.friction, dtype)
+        forget = jnp.exp(-friction * h)
+        noise = jnp.sqrt(-jnp.expm1(-2 * friction * h))
         xi = apply_mask(mask, standard_normal_like(rng_key, here.drift))
         momentum, way = stir(kick(state.momentum, here.drift, h), xi, forget, noise, h)
         return BAOABState(advance(state.params, way), momentum), here

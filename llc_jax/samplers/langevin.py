@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
 from llc_jax.types import Evaluation, Params
+from llc_jax.vectors import vdot
 
 
 def langevin_step(
@@ -53,8 +53,8 @@ def langevin_log_acceptance(
 
     Source: Roberts & Tweedie 1996, eq. 2, with step variance ε.
     """
-    step = jnp.asarray(step_size, here.energy.dtype)
-    vdot = optax.tree.vdot
-    symmetric = vdot(move, here.drift) + vdot(move, there.drift)
-    curvature = vdot(there.drift, there.drift) - vdot(here.drift, here.drift)
+    dtype = here.energy.dtype
+    step = jnp.asarray(step_size, dtype)
+    symmetric = (vdot(move, here.drift) + vdot(move, there.drift)).astype(dtype)
+    curvature = (vdot(there.drift, there.drift) - vdot(here.drift, here.drift)).astype(dtype)
     return here.energy - there.energy + symmetric / 2 - step / 8 * curvature

@@ -60,4 +60,5 @@ class MALA(NamedTuple):
         # A proposal without a finite energy has no density: nan compares false and is refused.
         accept = jnp.log(jax.random.uniform(accept_key, (), ratio.dtype)) < ratio
         params = jax.tree.map(lambda new, old: jnp.where(accept, new, old), proposal, state.params)
+        ratio = ratio.astype(state.log_acceptance.dtype)
         return MALAState(params, jnp.nan_to_num(ratio, nan=-jnp.inf, neginf=-jnp.inf)), here

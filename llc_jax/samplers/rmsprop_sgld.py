@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from llc_jax.posterior import at_least_float32
 from llc_jax.samplers.langevin import langevin_step
 from llc_jax.types import Evaluation, Params
+from llc_jax.vectors import widest
 
 
 class RMSPropSGLDState(NamedTuple):
@@ -17,7 +18,7 @@ class RMSPropSGLDState(NamedTuple):
     Attributes:
       params: the position w_t.
       square: V_t, running mean of the squared gradient, like params, at least float32.
-      count: t, number of gradients in `square`, float32 scalar.
+      count: t, number of gradients in `square`, scalar of the widest dtype of params.
     """
 
     params: Params
@@ -79,7 +80,7 @@ class RMSPropSGLD(NamedTuple):
     def init(self, params: Params) -> RMSPropSGLDState:
         """Starts a chain at `params`."""
         square = start_square(params, self.initial_square)
-        return RMSPropSGLDState(params, square, jnp.zeros((), jnp.float32))
+        return RMSPropSGLDState(params, square, jnp.zeros((), widest(params)))
 
     def step(
         self,
@@ -98,7 +99,9 @@ class RMSPropSGLD(NamedTuple):
 
     def preconditioner(self, state: RMSPropSGLDState) -> Params:
         """G of the last step, like params."""
-        correction = 1 - self.bias_correction * self.decay**state.count
+        dtype = state.count.dtype
+        decay = jnp.asarray(self.decay, dtype)
+        correction = 1 - jnp.asarray(self.bias_correction, dtype) * decay**state.count
         return inverse_root(state.square, correction, self.epsilon)
 
 

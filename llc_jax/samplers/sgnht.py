@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from llc_jax.posterior import apply_mask, standard_normal_like
 from llc_jax.samplers.baoab import advance, at_rest, kick, stir
 from llc_jax.types import Evaluation, Params
+from llc_jax.vectors import vdot, widest
 
 
 class SGNHTState(NamedTuple):
@@ -18,7 +18,7 @@ class SGNHTState(NamedTuple):
     Attributes:
       params: the position w_t.
       momentum: p before the kick at w_t, like params, at least float32.
-      thermostat: ζ, the friction that acts, float32 scalar.
+      thermostat: ζ, the friction that acts, scalar of the widest dtype of params.
     """
 
     params: Params
@@ -52,7 +52,7 @@ class SGNHT(NamedTuple):
 
     def init(self, params: Params) -> SGNHTState:
         """Starts a chain at `params`, at rest, with the thermostat at `friction`."""
-        return SGNHTState(params, at_rest(params), jnp.asarray(self.friction, jnp.float32))
+        return SGNHTState(params, at_rest(params), jnp.asarray(self.friction, widest(params)))
 
     def step(
         self,
@@ -63,13 +63,15 @@ class SGNHT(NamedTuple):
     ) -> tuple[SGNHTState, Evaluation]:
         """One step; consumes `rng_key`; returns the evaluation at the point before the step."""
         here = evaluate(state.params)
-        h = jnp.sqrt(jnp.asarray(self.step_size, jnp.float32))
+        dtype = state.thermostat.dtype
+        h = jnp.sqrt(jnp.asarray(self.step_size, dtype))
+        friction = jnp.asarray(self.friction, dtype)
         xi = apply_mask(mask, standard_normal_like(rng_key, here.drift))
-        size = num_coordinates(state.momentum, mask)
+        size = num_coordinates(state.momentum, mask).astype(dtype)
 
         def heat(momentum):
             """How much hotter than 1 the momenta are."""
-            return (optax.tree.vdot(momentum, momentum) / size - 1).astype(jnp.float32)
+            return vdot(momentum, momentum) / size - 1
 
         kicked = kick(state.momentum, here.drift, h)
         middle = state.thermostat + h / 2 * heat(kicked)
@@ -77,7 +79,7 @@ class SGNHT(NamedTuple):
         # (1 - exp(-2 ζ h)) / (2 ζ), which is h at ζ = 0 and positive for negative ζ as well.
         safe = jnp.where(jnp.abs(middle * h) < 1e-4, 1.0, middle)
         spread = jnp.where(safe == middle, -jnp.expm1(-2 * safe * h) / (2 * safe), h)
-        stirred, way = stir(kicked, xi, forget, jnp.sqrt(2 * self.friction * spread), h)
+        stirred, way = stir(kicked, xi, forget, jnp.sqrt(2 * friction * spread), h)
         thermostat = middle + h / 2 * heat(stirred)
         return SGNHTState(advance(state.params, way), stirred, thermostat), here
 
