@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from llc_jax import checks
+from llc_jax.ambient import own_key, together, undisturbed
 from llc_jax.hessian import HessianProduct, hvp
 from llc_jax.krylov import Plan, quadratic_forms, tridiagonal, tridiagonals
 from llc_jax.lanczos import ritz_values
@@ -37,6 +38,7 @@ __all__ = [
 Matvec = Callable[[Params], Params]
 
 
+@undisturbed()
 def hutchinson_trace(
     rng_key: jax.Array, matvec: Matvec, params: Params, *, num_probes: int, probe_batch: int = 1
 ) -> Estimate:
@@ -55,10 +57,11 @@ def hutchinson_trace(
 
     Source: Hutchinson 1990, A stochastic estimator of the trace of the influence matrix.
     """
-    operator, layout = _checked(rng_key, matvec, params, num_probes, probe_batch)
+    rng_key, operator, layout = _checked(rng_key, matvec, params, num_probes, probe_batch)
     return mean(quadratic_forms(rng_key, operator, layout, num_probes, probe_batch))
 
 
+@undisturbed()
 def deflated_trace(
     rng_key: jax.Array,
     matvec: Matvec,
@@ -92,6 +95,7 @@ def deflated_trace(
     return density.trace_of(lambda h: h)
 
 
+@undisturbed()
 def top_eigenvalues(
     rng_key: jax.Array,
     matvec: Matvec,
@@ -113,7 +117,7 @@ def top_eigenvalues(
       `Eigenvalues`, with residuals that tell which have converged: raise k until they are small.
       As an array it is the m largest (algebraically), in decreasing order.
     """
-    operator, layout = _checked(rng_key, matvec, params)
+    rng_key, operator, layout = _checked(rng_key, matvec, params)
     checks.at_least("num_eigenvalues", num_eigenvalues, 1)
     checks.at_least("num_iterations", num_iterations, num_eigenvalues, "one per eigenvalue")
     if num_eigenvalues > layout.size:
@@ -124,6 +128,7 @@ def top_eigenvalues(
     return ends(ritz_values(run), num_eigenvalues)
 
 
+@undisturbed()
 def spectral_density(
     rng_key: jax.Array,
     matvec: Matvec,
@@ -158,7 +163,7 @@ def spectral_density(
     Source: Ubaru, Chen and Saad 2017, SIAM J. Matrix Anal. Appl. 38(4); Ghorbani, Krishnan and
     Xiao 2019 (arXiv 1901.10159), section 2; deflation: Chen and Hallman 2023 (arXiv 2205.01736).
     """
-    operator, layout = _checked(rng_key, matvec, params, num_probes, probe_batch)
+    rng_key, operator, layout = _checked(rng_key, matvec, params, num_probes, probe_batch)
     checks.at_least("num_iterations", num_iterations, 1)
     checks.at_least("num_deflated", num_deflated, 0)
     checks.at_least("num_points", num_points, 2)
@@ -230,9 +235,10 @@ def gaussian_llc(
 
 def _checked(
     rng_key: jax.Array, matvec: Matvec, params: Params, num_probes: int = 2, probe_batch: int = 1
-) -> tuple[Any, Layout]:
-    """(matvec as a pytree, layout of the weights), or a ValueError."""
-    checks.typed_key(rng_key)
+) -> tuple[jax.Array, Any, Layout]:
+    """(key, matvec as a pytree, layout of the weights), or a ValueError."""
+    if not isinstance(rng_key, jax.core.Tracer):
+        checks.typed_key(rng_key)
     checks.at_least("num_probes", num_probes, 2, "one has no standard error")
     checks.at_least("probe_batch", probe_batch, 1)
     if not callable(matvec):
@@ -241,4 +247,5 @@ def _checked(
             " pytrees like params, such as llc_jax.curvature.hvp(loss_fn, params, data)."
         )
     known = isinstance(matvec, HessianProduct | jax.tree_util.Partial)
-    return matvec if known else jax.tree_util.Partial(matvec), Layout.of(params)
+    operator = matvec if known else jax.tree_util.Partial(matvec)
+    return *together((own_key(rng_key), operator)), Layout.of(params)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from llc_jax import checks
+from llc_jax.ambient import own_key, undisturbed
 from llc_jax.hessian import hvp
 from llc_jax.krylov import Plan, tridiagonals
 from llc_jax.lanczos import ritz_values
@@ -105,7 +106,9 @@ def curvature_over_checkpoints(
     first = next(pairs, None)
     if first is None:
         raise ValueError("checkpoints is empty: give at least one (step, params).")
-    checks.params(first[1], first[0])
+    with undisturbed():
+        checks.params(first[1], first[0])
+        rng_key = own_key(rng_key)
     operator = hvp(loss_fn, first[1], data, micro_batch=micro_batch, mask=mask)
     layout = Layout.of(operator.params)
     if num_eigenvalues > layout.size:

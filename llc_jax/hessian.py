@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llc_jax import checks
+from llc_jax import arrays, checks
+from llc_jax.ambient import together, undisturbed
 from llc_jax.posterior import apply_mask, at_least_float32
 from llc_jax.sampling import num_examples, take
 from llc_jax.types import Batch, LossFn, Params, Stream
@@ -41,7 +42,8 @@ class HessianProduct:
 
     def __call__(self, vector: Params) -> Params:
         """Returns the product, a pytree like params, at least float32."""
-        return _apply(self, vector)
+        with undisturbed():
+            return _apply(*together((self, vector)))
 
     def project(self, vector: Params) -> Params:
         """Returns M v: zero where the mask is."""
@@ -93,6 +95,7 @@ def _apply(operator: HessianProduct, vector: Params) -> Params:
     return operator.linearize()(vector)
 
 
+@undisturbed()
 def hvp(
     loss_fn: LossFn,
     params: Params,
@@ -125,13 +128,15 @@ def hvp(
             "data is a Stream: a Hessian belongs to one fixed data set; draw one, for example"
             " data = stream.batch_fn(jax.random.key(0)) with a large batch, and give that."
         )
-    n = checks.data_length(data)
     if micro_batch is not None:
         checks.at_least("micro_batch", micro_batch, 1)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, data))):
+        data = arrays.data_arrays(data)
         checks.params(params, 0)
+        params, data = together((arrays.param_arrays(params, 0), data))
     params = jax.tree.map(lambda x: at_least_float32(jnp.asarray(x)), params)
     template = jax.eval_shape(lambda: params)
+    n = num_examples(data)
     num_chunks = -(-n // min(micro_batch or n, n))
     chunk = -(-n // num_chunks)
     checks.losses(loss_fn, template, checks.rows(data, chunk), chunk)

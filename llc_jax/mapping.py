@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llc_jax import checks, parallel, vectorize
+from llc_jax.ambient import undisturbed
 from llc_jax.types import Params
 
 
@@ -41,30 +42,32 @@ def map_checkpoints(
     first = next(pairs, None)
     if first is None:
         raise ValueError("checkpoints is empty: give at least one (step, params).")
-    template = checks.params(first[1], first[0])
     mesh = parallel.data_mesh(checkpoint_batch)
-    args = jax.device_put(args, NamedSharding(mesh, P()))
+    with undisturbed():
+        template = checks.params(first[1], first[0])
+        args = jax.device_put(args, NamedSharding(mesh, P()))
 
-    def chunks() -> Iterator[list[tuple[int, Params]]]:
-        def checked(pair):
-            checks.params(pair[1], pair[0], template)
-            return pair
+    # Not around the iterators, which are the caller's and may want what surrounds the call.
+    @undisturbed()
+    def checked(pair):
+        checks.params(pair[1], pair[0], template)
+        return pair
 
-        rest = itertools.chain([first], map(checked, pairs))
-        while chunk := list(itertools.islice(rest, checkpoint_batch)):
-            yield chunk
+    @undisturbed()
+    def results(chunk: list[tuple[int, Params]]) -> Any:
+        # The last chunk repeats its last checkpoint: same shapes, no second compilation.
+        full = chunk + chunk[-1:] * (checkpoint_batch - len(chunk))
+        steps = np.asarray([step for step, _ in full], np.uint32)
+        stacked = jax.tree.map(
+            lambda *x: np.stack([np.asarray(a) for a in x]), *[p for _, p in full]
+        )
+        steps, stacked = jax.device_put((steps, stacked), NamedSharding(mesh, P("batch")))
+        return jax.device_get(_apply(steps, stacked, args, function=function, mesh=mesh))
 
     def run() -> Iterator[tuple[int, Any]]:
-        lanes = NamedSharding(mesh, P("batch"))
-        for chunk in chunks():
-            # The last chunk repeats its last checkpoint: same shapes, no second compilation.
-            full = chunk + chunk[-1:] * (checkpoint_batch - len(chunk))
-            steps = np.asarray([step for step, _ in full], np.uint32)
-            stacked = jax.tree.map(
-                lambda *x: np.stack([np.asarray(a) for a in x]), *[p for _, p in full]
-            )
-            steps, stacked = jax.device_put((steps, stacked), lanes)
-            found = jax.device_get(_apply(steps, stacked, args, function=function, mesh=mesh))
+        rest = itertools.chain([first], map(checked, pairs))
+        while chunk := list(itertools.islice(rest, checkpoint_batch)):
+            found = results(chunk)
             for row, (step, _) in enumerate(chunk):
                 yield int(step), jax.tree.map(lambda x, row=row: x[row], found)
 
