@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "llc_jax"
 LIBRARY = {
-    "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
+    "ambient", "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
     "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
     "mapping", "pilot", "proposal", "spectrum", "vectors", "checks", "parallel", "stages",
     "smoothing", "lanes", "vectorize", "anchors", "arrays", "program", "soundness", "tie", "traced",
