@@ -11,10 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "llc_jax"
 LIBRARY = {
-    "ambient", "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
+    "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
     "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
     "mapping", "pilot", "proposal", "spectrum", "vectors", "checks", "parallel", "stages",
     "smoothing", "lanes", "vectorize", "anchors", "arrays", "program", "soundness", "tie", "traced",
+    "ambient",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.
 HEAVY = {"flax", "orbax", "matplotlib", "xarray", "pandas", "arviz", "tqdm", "ml_collections"}
