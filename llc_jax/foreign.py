@@ -4,14 +4,13 @@ import os
 import pathlib
 import re
 
-from llc_jax import manifests
 from llc_jax.trees import CheckpointError
 
 _MARK = "_METADATA"  # of Orbax, in the folder of a tree
 
 
 def steps(folder: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Finds the steps in a folder that has none of ours.
+    """Finds the steps in a folder that has no manifest of ours.
 
     Names as Orbax makes them: `100`, `00000100`, `ckpt_100`. Empty ones and those half copied
     count as long as another of the same form is an Orbax checkpoint.
@@ -24,8 +23,6 @@ def steps(folder: pathlib.Path) -> dict[int, pathlib.Path]:
         found = re.fullmatch(r"((?:[A-Za-z][\w.-]*[_-])?)(\d+)", entry.name, re.ASCII)
         if found and entry.is_dir():
             path = folder / entry.name
-            if (path / manifests.NAME).exists():
-                return {}
             groups.setdefault(found[1], []).append((int(found[2]), path))
     groups = {prefix: g for prefix, g in groups.items() if any(is_orbax(path) for _, path in g)}
     if not groups:

@@ -55,8 +55,8 @@ def is_ours(folder: pathlib.Path, items: tuple[str, ...]) -> bool:
     """Whether a folder can only be a step of ours, whole or what is left of one."""
     if not folder.is_dir():
         return False
-    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    return NAME in names or set(names) <= set(items)
+    names = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    return names <= {*items, NAME}  # others write files of this name too
 
 
 def _file_problems(name: str, path: pathlib.Path, size: int, sha256: str) -> list[str]:

@@ -60,7 +60,8 @@ def storable(name: str, tree: Any, *, plain: bool) -> Any:
             f" saving, {remedy}."
         )
     # Host copies: Orbax would want every process of a pod to take part in saving a device's.
-    return jax.tree.map(_host, jax.device_get(tree))
+    host = jax.device_get(tree)
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), host)
 
 
 def shapes(tree: Any) -> Any:
@@ -68,7 +69,9 @@ def shapes(tree: Any) -> Any:
 
     def shape(leaf):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        return jax.ShapeDtypeStruct(np.shape(leaf), _native(dtype))
+        if isinstance(dtype, np.dtype):  # not of a key
+            dtype = dtype.newbyteorder("=")  # as it will be on disk
+        return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
 
     return jax.tree.map(shape, tree)
 
@@ -209,14 +212,3 @@ def _names(name: str, paths: list[tuple]) -> list[str]:
         except UnicodeEncodeError:
             problems.append(f"{name}{same[0]} has a name that is no text")
     return problems
-
-
-def _host(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-        return leaf  # a key
-    found = np.asarray(leaf)
-    return found.astype(_native(found.dtype), copy=False)
-
-
-def _native(dtype: Any) -> Any:
-    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype  # not of keys

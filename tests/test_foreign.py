@@ -146,9 +146,12 @@ def test_a_foreign_step_among_ours_stays(tmp_path, folder, caplog):
     directory.save(1, {"w": np.ones(1)}, ())
     shutil.copytree(folder / "200", tmp_path / "ours" / "200")
     (tmp_path / "ours" / "300").write_text("a file")
+    (tmp_path / "ours" / "400").mkdir()
+    for name in ("manifest.json", "model.safetensors"):
+        (tmp_path / "ours" / "400" / name).write_text("{}")
     before = everything(tmp_path / "ours")
     assert directory.latest_good() == 1
-    for step in (200, 300):
+    for step in (200, 300, 400):
         with pytest.raises(CheckpointError):
             directory.restore_params(step)
         with pytest.raises(FileExistsError, match="another program"):
