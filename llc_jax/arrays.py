@@ -3,26 +3,44 @@
 import itertools
 import re
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llc_jax.scalars import TRACED
 from llc_jax.types import Batch, Params
 
-TRACED = (
-    "is being traced: an estimate runs programs of its own and cannot stand within jax.jit, vmap,"
-    " grad or a scan. Call it outside; for many sets of weights use"
-    " llc_jax.estimate_llc_over_checkpoints."
-)
 MAX_RELATIVE_LOSS = 1e-2  # rounding of a column of data, relative to its spread
+NOISE = 64  # units in the last place: a column that varies by less is constant
 MAX_ITEMS, MAX_LEAVES = 32, 1000  # more of them are examples, not arrays of examples
 # Buffers of layers, as Flax, PyTorch, Keras and Haiku name them.
-_STATE = {
-    "batch_stats", "cache", "intermediates", "running_mean", "running_var", "moving_mean",
-    "moving_variance", "num_batches_tracked", "mean_ema", "var_ema",
-}  # fmt: skip
+_STATE = re.compile(
+    r"\b(batch_stats|cache|intermediates)\b|(running|moving)_(mean|variance|var)"
+    r"|num_batches_tracked|(mean|var)_ema"
+)
+
+
+def flat(root: str, tree: Any) -> list[tuple[str, Any]]:
+    """Returns pairs (name for messages, leaf); a ValueError for what JAX cannot flatten."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an iterator as a leaf, which is refused as such
+            leaves = jax.tree_util.tree_leaves_with_path(tree)
+        found = [(f"{root}{short(jax.tree_util.keystr(path))}", leaf) for path, leaf in leaves]
+    except Exception as error:
+        raise ValueError(
+            f"{root} is no pytree ({type(tree).__name__}; {type(error).__name__}:"
+            f" {' '.join(str(error).split())[:200]}): give dicts whose keys are all strings, lists"
+            " or tuples of arrays."
+        ) from None
+    for name, leaf in found:
+        if isinstance(leaf, Iterator):
+            array(name, leaf)  # refuses it
+    return found
 
 
 def data_arrays(data: Batch) -> Batch:
@@ -45,17 +63,17 @@ def data_length(data: Batch) -> int:
     """Returns the common length n of the leading axes of the data."""
     _refuse_containers(data)
     lengths = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
-        name = short(jax.tree_util.keystr(path))
+    for name, leaf in flat("data", data):
         known = isinstance(leaf, jax.ShapeDtypeStruct)
-        shape = leaf.shape if known else np.shape(array(f"data{name}", leaf))
-        lengths[name] = shape[0] if shape else 0
+        shape = leaf.shape if known else np.shape(array(name, leaf))
+        lengths[name.removeprefix("data")] = shape[0] if shape else 0
     if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
+        some = dict(itertools.islice(lengths.items(), 4))
         more = f" and {len(lengths) - 4} more" if len(lengths) > 4 else ""
         raise ValueError(
-            f"data has leading axes {dict([*lengths.items()][:4])}{more}: all leaves must share one length n >= 1;"
-            " give a pytree of arrays (not lists of numbers), or llc_jax.Stream(batch_fn) for data"
-            " without end."
+            f"data has leading axes {some}{more}: all leaves must share one length n >= 1; give a"
+            " pytree of arrays (not lists of numbers), or llc_jax.Stream(batch_fn) for data without"
+            " end."
         )
     return next(iter(lengths.values()))
 
@@ -71,7 +89,7 @@ def param_arrays(params: Params, step: int, mask: Any = None) -> Params:
     Raises:
       ValueError: naming the leaf, for what is no array; for the state of layers among the weights.
     """
-    if callable(params) or not jax.tree.leaves(params):
+    if not flat("params", params):
         raise ValueError(
             f"params at step {step} has no arrays ({type(params).__name__}): give the weights to be"
             " sampled, a pytree such as variables['params'], nnx.state(model, nnx.Param) or"
@@ -101,7 +119,7 @@ def array(name: str, leaf: Any, weight: bool = False) -> Any:
     """
     if isinstance(leaf, jax.core.Tracer):
         raise ValueError(f"{name} {TRACED}")
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, np.ndarray):
         if leaf.is_deleted():
             raise ValueError(
                 f"{name} has been deleted (donated to a compiled function): keep a copy, such as"
@@ -115,16 +133,19 @@ def array(name: str, leaf: Any, weight: bool = False) -> Any:
         )
     known = isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex)
     frame = hasattr(leaf, "columns") or hasattr(leaf, "tocsr")  # of a table; a sparse matrix
-    found = None
+    found, reason = None, ""
     if known or (hasattr(leaf, "__array__") and not frame):
         try:
             found = np.asarray(leaf)
             jnp.result_type(found)
-        except Exception:
+        except Exception as error:
+            reason = "" if known else f" ({' '.join(str(error).split())[:120]})"
             found = None
     if found is None or not (jnp.issubdtype(found.dtype, jnp.number) or found.dtype == bool):
-        kind = f"a {type(leaf).__name__}" + ("" if found is None else f" of dtype {found.dtype}")
-        kind = f"an array of dtype {leaf.dtype}" if isinstance(leaf, np.ndarray) else kind
+        kind = f"a {type(leaf).__name__}{reason}"
+        kind += "" if found is None else f" of dtype {found.dtype}"
+        if isinstance(leaf, np.ndarray):
+            kind = f"an array of dtype {short(str(leaf.dtype))}"
         if weight and not isinstance(leaf, np.ndarray):
             remedy = (
                 "give the arrays only, for example the first part of equinox.partition(model,"
@@ -132,6 +153,11 @@ def array(name: str, leaf: Any, weight: bool = False) -> Any:
             )
         elif frame:
             remedy = "give arrays, for example {'x': frame[names].to_numpy(), 'y': ...}"
+        elif name == "data":
+            remedy = (
+                "give a pytree of arrays whose leading axis is the examples (collect them with"
+                " np.stack or np.concatenate), or a llc_jax.Stream of a function of a key"
+            )
         else:
             remedy = "give an array of numbers (np.asarray, np.stack), or drop this leaf"
         raise ValueError(f"{name} is {kind}: {remedy}.")
@@ -170,8 +196,10 @@ def without_loss(name: str, x: Any) -> Any:
     rounded = np.where(np.isfinite(x), y, 0).astype(x.dtype).reshape(columns.shape)
     spread = columns.std(axis=0)
     lost = np.sqrt(np.mean(np.abs(rounded - columns) ** 2, axis=0))
-    if np.any(bad := lost > MAX_RELATIVE_LOSS * spread) and np.any(spread[bad] > 0):
-        worst = int(np.argmax(np.where(spread > 0, lost / np.where(spread > 0, spread, 1), 0)))
+    varies = spread > NOISE * np.finfo(x.dtype).eps * np.abs(columns).max(axis=0, initial=0)
+    share = np.divide(lost, spread, out=np.zeros_like(lost), where=varies)
+    if np.any(share > MAX_RELATIVE_LOSS):
+        worst = int(np.argmax(share))
         raise ValueError(
             f"{name} has {x.dtype} values whose differences vanish in {dtype}: values near"
             f" {columns[0, worst]:.6g} with spread {spread[worst]:.3g} are rounded by"
@@ -182,9 +210,8 @@ def without_loss(name: str, x: Any) -> Any:
 
 def _map_leaves(function: Any, root: str, tree: Any) -> Any:
     """`function(name, leaf)` of every leaf; names are cut short."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(f"{root}{short(jax.tree_util.keystr(path))}", leaf), tree
-    )
+    leaves = [function(name, leaf) for name, leaf in flat(root, tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def short(path: str, limit: int = 120) -> str:
@@ -194,6 +221,7 @@ def short(path: str, limit: int = 120) -> str:
 
 def _refuse_containers(data: Any) -> None:
     """Refuses what is a container of examples, not a pytree of arrays with a leading axis."""
+    leaves = flat("data", data)
     sparse = sys.modules.get("jax.experimental.sparse")
     if sparse is not None and _has(data, sparse.JAXSparse):
         raise ValueError(
@@ -205,10 +233,10 @@ def _refuse_containers(data: Any) -> None:
             f"data is a {type(data).__name__} of {len(data):,} items: stack the examples into a"
             " pytree of arrays with a leading axis, jax.tree.map(lambda *x: np.stack(x), *data)."
         )
-    if (count := len(jax.tree.leaves(data))) > MAX_LEAVES:
+    if len(leaves) > MAX_LEAVES:
         raise ValueError(
-            f"data has {count:,} leaves: give a pytree of a few arrays whose leading axis is the"
-            " examples (np.stack)."
+            f"data has {len(leaves):,} leaves: give a pytree of a few arrays whose leading axis is"
+            " the examples (np.stack)."
         )
 
 
@@ -231,7 +259,7 @@ def _state_leaves(params: Any) -> list[str]:
         jax.tree_util.tree_leaves_with_path(params), kinds, fillvalue=""
     ):
         name = jax.tree_util.keystr(path)
-        if kind or _STATE & set(re.split(r"[\W]+", name)):
+        if kind or _STATE.search(name):
             found.append(f"params{short(name)}" + (f" ({kind})" if kind else ""))
         else:
             found.append("")

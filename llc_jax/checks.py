@@ -1,110 +1,80 @@
 """Input checks: a `ValueError` with value, rule and remedy, before anything compiles."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from llc_jax import arrays
+from llc_jax import arrays, parallel
 from llc_jax.arrays import data_length
-from llc_jax.traced import lossless_constants, trace
-from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
-
-
-def at_least(name: str, value: int, minimum: int, remedy: str = "") -> None:
-    """Checks an integer against its minimum."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        reason = f" ({remedy})" if remedy else ""
-        raise ValueError(f"{name}={value!r}: give an integer of at least {minimum}{reason}.")
-
-
-def step(value: Any, name: str = "step", limit: int = 2**32 - 1) -> int:
-    """Returns a training step as a Python integer.
-
-    Args:
-      value: a Python, numpy or JAX integer; not a string or a float, which may mean another step.
-      name: for the message.
-      limit: the largest, a power of 2 less 1.
-
-    Raises:
-      ValueError: with the value and its type.
-    """
-    scalar = np.ndim(value) == 0 and getattr(value, "dtype", None) is not None
-    settled = scalar and not isinstance(value, jax.core.Tracer)
-    if settled and jnp.issubdtype(value.dtype, jnp.integer):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
-        raise ValueError(
-            f"{name} {shown(value)} ({type(value).__name__}): give a training step from 0 to"
-            f" 2**{limit.bit_length()} - 1, a whole number (int)."
-        )
-    return value
-
-
-def shown(value: Any, limit: int = 120) -> str:
-    """A value in a message, cut short: arrays and containers can be of any size."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else text[: limit - 4] + " ..."
+from llc_jax.scalars import (
+    TRACED,
+    at_least,
+    shown,
+    step,
+)
+from llc_jax.scalars import flag as flag
+from llc_jax.scalars import grid as grid
+from llc_jax.scalars import hyperparameters as hyperparameters
+from llc_jax.scalars import nonnegative as nonnegative
+from llc_jax.scalars import sampler_instance as sampler_instance
+from llc_jax.traced import differentiable, lossless_constants, trace
+from llc_jax.types import Batch, LossFn, Params, PartsFn, Stream
 
 
 def concrete(name: str, tree: Any) -> None:
     """Checks that nothing in a tree is being traced."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
-        raise ValueError(f"{name} {arrays.TRACED}")
-
-
-def nonnegative(name: str, value: float) -> None:
-    """Checks that a number is finite and >= 0."""
-    concrete(name, value)
-    number = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iuf"
-    if not number or not np.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r}: give one finite number >= 0.")
-
-
-def sampler_instance(sampler: Sampler) -> None:
-    """Checks that a sampler is an instance, not its class."""
-    methods = hasattr(sampler, "_asdict") and hasattr(sampler, "step")
-    if isinstance(sampler, type) or not methods:
-        raise ValueError(
-            f"sampler={sampler!r}: give an instance such as llc_jax.SGLD(step_size=1e-4)."
-        )
-
-
-# Rules beyond "finite and >= 0", by the name of the hyperparameter.
-_POSITIVE = {"step_size", "friction", "epsilon"}
-_MEMORIES = {"decay", "momentum"}
-_AT_MOST_ONE = {*_MEMORIES, "bias_correction"}
-
-
-def hyperparameters(sampler: Sampler) -> None:
-    """Checks that a sampler is an instance whose hyperparameters are scalars within their range."""
-    sampler_instance(sampler)
-    fields = sampler._asdict()
-    corrected = fields.get("bias_correction", 1) != 0
-    for name, value in fields.items():
-        nonnegative(f"{type(sampler).__name__}.{name}", value)
-        if name in _POSITIVE and not value > 0:
-            raise ValueError(f"{name}={value!r}: it must be above 0.")
-        if name in _AT_MOST_ONE and not value <= 1:
-            raise ValueError(f"{name}={value!r}: it must be from 0 to 1.")
-        if name in _MEMORIES and value == 1 and corrected:
-            raise ValueError(
-                f"{name}={value!r}: an average that never changes has nothing to correct its bias"
-                " by (0 / 0); it must be below 1, for example 0.999."
-            )
+    if any(isinstance(leaf, jax.core.Tracer) for _, leaf in arrays.flat(name, tree)):
+        raise ValueError(f"{name} {TRACED}")
 
 
 def typed_key(rng_key: jax.Array) -> None:
     """Checks for one new-style key."""
     concrete("rng_key", rng_key)
-    dtype = getattr(rng_key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed or rng_key.shape != ():
+    array = isinstance(rng_key, jax.Array | np.ndarray)
+    dtype, shape = (rng_key.dtype, rng_key.shape) if array else (None, None)
+    if not array or shape != () or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError(
-            f"rng_key has dtype {dtype} and shape {np.shape(rng_key)}: give one typed key,"
+            f"rng_key has dtype {dtype} and shape {shape}"
+            f"{'' if array else f' ({type(rng_key).__name__})'}: give one typed key,"
             " jax.random.key(seed), not PRNGKey(seed) or an array of keys."
         )
+    arrays.array("rng_key", rng_key)  # not deleted
+
+
+def mesh(found: Any) -> None:
+    """Checks for a mesh of checkpoints and chains."""
+    axes = getattr(found, "axis_names", ())
+    if not isinstance(found, Mesh) or set(axes) != {parallel.CHECKPOINT, parallel.CHAIN}:
+        raise ValueError(
+            f"mesh={shown(found)}: give one of the axes 'checkpoint' and 'chain', as"
+            " llc_jax.parallel.make_mesh(checkpoint_batch, num_chains) makes it, or None."
+        )
+
+
+def pairs(checkpoints: Any) -> Iterator[tuple[Any, Params]]:
+    """Pairs (step, params) of a mapping or an iterable, read lazily; both are unchecked.
+
+    Raises:
+      ValueError: at once, for what cannot be iterated; later, for an item that is no pair.
+    """
+    items = checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints
+    remedy = "give {step: params} or an iterable of pairs (step, params)"
+    try:
+        iterator = iter(items)
+    except TypeError:
+        raise ValueError(f"checkpoints={shown(checkpoints)}: {remedy}.") from None
+
+    def each() -> Iterator[tuple[Any, Params]]:
+        for item in iterator:
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise ValueError(f"checkpoints has the item {shown(item)}: {remedy}.")
+            yield item[0], item[1]
+
+    return each()
 
 
 def batch_size(size: int | None, n: int | None, grad_accum: int) -> int:
@@ -137,6 +107,38 @@ def stream_batch(stream: Stream, rng_key: jax.Array) -> tuple[Batch, int]:
         )
     lossless_constants("batch_fn", stream.batch_fn, key)
     return traced.out, data_length(traced.out)
+
+
+def linear_map(matvec: Any, params: Params, own: Params | None = None) -> None:
+    """Checks a map on trees like params, of which only the shapes matter; they may be traced.
+
+    Args:
+      matvec: the map.
+      params: the tree.
+      own: weights that the map was made for, if that is known.
+    """
+    if not callable(matvec):
+        raise ValueError(
+            f"matvec is a {type(matvec).__name__}: give a function from pytrees like params to"
+            " pytrees like params, such as llc_jax.curvature.hvp(loss_fn, params, data)."
+        )
+    leaves = arrays.flat("params", params)
+    for name, leaf in leaves:
+        known = isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer)
+        dtype = leaf.dtype if known else jnp.result_type(arrays.array(name, leaf, weight=True))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name} has dtypes other than floats, {dtype}: give weights.")
+    if not leaves:
+        raise ValueError(f"params={shown(params)} has no arrays: give those that matvec takes.")
+    own = params if own is None else own
+    shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (own, params)]
+    structures = [jax.tree.structure(tree) for tree in (own, params)]
+    if not _equal(*structures) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"params has structure {shown(structures[1])} and shapes {shown(shapes[1])}, those of"
+            f" matvec are {shown(structures[0])} and {shown(shapes[0])}: give the params that it"
+            " was made for."
+        )
 
 
 def rows(data: Batch, size: int) -> Batch:
@@ -181,27 +183,14 @@ def params(
     sampled = [True] * len(paths) if mask is None else jax.tree.leaves(mask)
     for name, leaf, kept in zip(paths, jax.tree.leaves(tree), sampled, strict=True):
         if np.any(kept) and (bad := np.sum(~np.isfinite(_as_sampled(leaf)) & kept)):
+            remedy = "use an earlier checkpoint, or hold them by a mask of 0"
+            if np.isfinite(np.asarray(leaf)).all():
+                remedy = "rescale the weights, or set jax_enable_x64"
             raise ValueError(
                 f"{name} has {bad} of {np.size(leaf)} values that are not finite in"
-                f" {jnp.result_type(leaf)}: use an earlier checkpoint, or hold them by a mask of 0."
+                f" {jnp.result_type(leaf)}: {remedy}."
             )
     return shapes
-
-
-def precision(tree: Params, sampler: Sampler) -> None:
-    """Checks that one step of noise is not rounded away in half-precision weights."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
-        if jnp.finfo(dtype).bits >= 32 or not hasattr(sampler, "step_size"):
-            continue
-        size = float(np.sqrt(np.mean(np.square(np.asarray(leaf, np.float64)))))
-        spacing, noise = size * float(jnp.finfo(dtype).eps), float(sampler.step_size) ** 0.5
-        if noise < spacing / 2:
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} has dtype {dtype} and values near {size:.2g},"
-                f" which are {spacing:.2g} apart: steps of sqrt(step_size) = {noise:.2g} would be"
-                " rounded away; cast the weights to float32."
-            )
 
 
 def _as_sampled(leaf: Any) -> np.ndarray:
@@ -220,10 +209,19 @@ def mismatches(expected: Any, found: Any, limit: int = 4) -> str:
         for path in sorted(flat[0].keys() | flat[1].keys())
         if flat[0].get(path) != flat[1].get(path)
     ]
-    if not lines and jax.tree.structure(expected) != jax.tree.structure(found):
-        lines = [f"{jax.tree.structure(expected)} against {jax.tree.structure(found)}"]
+    structures = [jax.tree.structure(tree) for tree in (expected, found)]
+    if not lines and not _equal(*structures):
+        lines = [f"{structures[0]} against {structures[1]}"]
     lines = [line if len(line) < 200 else f"{line[:196]} ..." for line in lines]
     return ", ".join(lines[:limit]) + (f" and {len(lines) - limit} more" * (len(lines) > limit))
+
+
+def _equal(left: Any, right: Any) -> bool:
+    """Whether two structures are one; those with arrays in static fields have no comparison."""
+    try:
+        return left == right
+    except Exception:
+        return False
 
 
 def mask(tree: Any, template: Params) -> Any:
@@ -231,21 +229,21 @@ def mask(tree: Any, template: Params) -> Any:
     if tree is None:
         return None
     concrete("mask", tree)
-    if jax.tree.structure(tree) != jax.tree.structure(template):
+    weights = arrays.flat("params", template)
+    structures = [jax.tree.structure(x) for x in (tree, template)]
+    if not _equal(*structures):
         raise ValueError(
-            f"mask has structure {shown(jax.tree.structure(tree))}, params have"
-            f" {shown(jax.tree.structure(template))}: give a 0 or 1 (or an array of them) for each"
-            " weight."
+            f"mask has structure {shown(structures[0])}, params have {shown(structures[1])}: give"
+            " a 0 or 1 (or an array of them) for each weight."
         )
-    for (path, leaf), weight in zip(
-        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(template), strict=True
-    ):
-        name = f"mask{jax.tree_util.keystr(path)}"
-        if np.shape(leaf) not in ((), weight.shape):
-            raise ValueError(
-                f"{name} has shape {np.shape(leaf)}: give a scalar or shape {weight.shape}."
-            )
-        if not np.isin(np.asarray(leaf), (0, 1)).all():
+    for (name, leaf), (weight, like) in zip(arrays.flat("mask", tree), weights, strict=True):
+        known = isinstance(like, jax.ShapeDtypeStruct)
+        shape = like.shape if known else np.shape(arrays.array(weight, like, weight=True))
+        leaf = arrays.array(name, leaf)
+        if leaf.shape not in ((), shape):
+            raise ValueError(f"{name} has shape {leaf.shape}: give a scalar or shape {shape}.")
+        keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if keys or not np.isin(np.asarray(leaf), (0, 1)).all():
             raise ValueError(
                 f"{name} has values other than 0 and 1: 1 samples a weight, 0 holds it."
             )
@@ -280,6 +278,8 @@ def losses(
             " weights than its argument params, or use only those that the mask holds. Compute the"
             " losses from params."
         )
+    differentiable("loss_fn", loss_fn, template, batch)
+    lossless_constants("loss_fn", loss_fn, template, batch)
     return dtype
 
 

@@ -167,6 +167,10 @@ def spectral_density(
     checks.at_least("num_iterations", num_iterations, 1)
     checks.at_least("num_deflated", num_deflated, 0)
     checks.at_least("num_points", num_points, 2)
+    if width is not None:
+        checks.nonnegative("width", width)
+        if not width > 0:
+            raise ValueError(f"width={checks.shown(width)}: it must be above 0, or None.")
     plan = Plan(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
     deflated, probes = tridiagonals(rng_key, operator, layout, plan)
     size = layout.num_kept(getattr(operator, "mask", None))
@@ -226,6 +230,7 @@ def gaussian_llc(
       ValueError: on bad input. With γ = 0 every eigenvalue that rounding moves off 0 would count.
     """
     check_temperature(nbeta, localization)
+    checks.flag("positive_part", positive_part)
     density = spectral_density(
         rng_key, matvec, params, num_probes=num_probes, num_iterations=num_iterations,
         num_deflated=num_deflated, probe_batch=probe_batch, num_points=2,
@@ -241,11 +246,8 @@ def _checked(
         checks.typed_key(rng_key)
     checks.at_least("num_probes", num_probes, 2, "one has no standard error")
     checks.at_least("probe_batch", probe_batch, 1)
-    if not callable(matvec):
-        raise ValueError(
-            f"matvec is a {type(matvec).__name__}: give a function from pytrees like params to"
-            " pytrees like params, such as llc_jax.curvature.hvp(loss_fn, params, data)."
-        )
+    own = matvec.params if isinstance(matvec, HessianProduct) else None
+    checks.linear_map(matvec, params, own)
     known = isinstance(matvec, HessianProduct | jax.tree_util.Partial)
     operator = matvec if known else jax.tree_util.Partial(matvec)
     return *together((own_key(rng_key), operator)), Layout.of(params)

@@ -127,7 +127,7 @@ def estimate_llc_over_checkpoints(
     Raises:
       ValueError: on bad input, before anything compiles.
     """
-    pairs = iter(checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints)
+    pairs = checks.pairs(checkpoints)
     lanes = (Lane(step, params, sampler, nbeta, localization) for step, params in pairs)
     estimates = estimate_lanes(
         rng_key, loss_fn, lanes, data, lane_batch=checkpoint_batch, num_chains=num_chains,
@@ -177,20 +177,7 @@ def estimate_llc_over_settings(
     """
     checks.sampler_instance(sampler)
     nbeta = default_nbeta_of(nbeta, data)
-    leaves = [*sampler, nbeta, localization]
-    checks.concrete("settings", leaves)
-    try:
-        grid = np.broadcast_arrays(*[np.asarray(leaf, np.float64) for leaf in leaves])
-    except ValueError:
-        raise ValueError(
-            f"settings have shapes {[np.shape(leaf) for leaf in leaves]}: sampler hyperparameters,"
-            " nbeta and localization must broadcast against each other."
-        ) from None
-    except TypeError:
-        raise ValueError(
-            f"settings {checks.shown(leaves)}: sampler hyperparameters, nbeta and localization must"
-            " be numbers or arrays of them."
-        ) from None
+    grid = checks.grid({**sampler._asdict(), "nbeta": nbeta, "localization": localization})
     columns = zip(*[leaf.ravel().tolist() for leaf in grid], strict=True)
     lanes = [Lane(step, params, type(sampler)(*row[:-2]), *row[-2:]) for row in columns]
     if not lanes:

@@ -38,7 +38,7 @@ def map_checkpoints(
       ValueError: on bad input, before anything compiles.
     """
     checks.at_least("checkpoint_batch", checkpoint_batch, 1)
-    pairs = iter(checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints)
+    pairs = checks.pairs(checkpoints)
     first = next(pairs, None)
     if first is None:
         raise ValueError("checkpoints is empty: give at least one (step, params).")

@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
+from llc_jax import arrays
 from llc_jax.types import Batch, LossFn, Params
 
 
@@ -44,12 +46,17 @@ def tie(loss_fn: LossFn, params: Params) -> tuple[TiedLoss, Params]:
       (loss of the reduced tree, params with None in place of every copy).
 
     Raises:
-      ValueError: if no array stands twice in `params`.
+      ValueError: if no array stands twice in `params`; for what is no function or no array.
     """
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn is a {type(loss_fn).__name__}: give a function.")
+    for name, leaf in arrays.flat("params", params):
+        arrays.array(name, leaf, weight=True)  # or an error
     leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: x is None)
     first: dict[int, int] = {}
+    # Numbers of Python are one object wherever they are equal.
     sources = tuple(
-        number if leaf is None else first.setdefault(id(leaf), number)
+        first.setdefault(id(leaf), number) if isinstance(leaf, np.ndarray | jax.Array) else number
         for number, leaf in enumerate(leaves)
     )
     if sources == tuple(range(len(leaves))):

@@ -1,6 +1,7 @@
 """What tracing a user's function says of it: shapes, whether it is pure, what it depends on."""
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from jax.interpreters import partial_eval
 from llc_jax import arrays
 
 LARGE = 10_000_000  # bytes of arrays closed over that are worth a word
-_seen: dict[Any, int] = {}  # id of the last function of each code that closed over as much
+_seen: dict[Any, int] = {}  # hash of the last function of each code that closed over as much
 
 
 class Traced(NamedTuple):
@@ -55,6 +56,12 @@ def trace(name: str, function: Callable[..., Any], *shapes: Any) -> Traced:
             " make them tuples, and use frozen=True, or eq=False."
         ) from None
     closed, out = _jaxpr(name, function, shapes)
+    if any(isinstance(x, jax.core.Tracer) for x in closed.consts):
+        raise ValueError(
+            f"{name} closes over an array that is being traced, or was once: compiled programs keep"
+            " the function, not what it sees. Pass the array in params or data, and call from"
+            " outside of jax.jit, vmap, grad or a scan."
+        )
     again, _ = _jaxpr(name, function, shapes)
     if not _same(_constants(closed), _constants(again)):
         raise ValueError(
@@ -65,13 +72,33 @@ def trace(name: str, function: Callable[..., Any], *shapes: Any) -> Traced:
         )
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     uses = jax.tree.unflatten(jax.tree.structure(shapes), used)
-    num_bytes = sum(getattr(x, "nbytes", 0) for x in closed.consts)
+    num_bytes = sum(getattr(x, "nbytes", 0) for x in _arrays(closed))
     _say_if_new_each_time(name, function, num_bytes)
     return Traced(out, uses, num_bytes)
 
 
+def differentiable(name: str, function: Callable[..., Any], params: Any, batch: Any) -> None:
+    """Checks that a function of losses has a gradient, by tracing it.
+
+    Raises:
+      ValueError: with what JAX says.
+    """
+    try:
+        jax.eval_shape(jax.grad(lambda p, b: jnp.sum(function(p, b))), params, batch)
+    except jax.errors.KeyReuseError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name} has no gradient ({type(error).__name__}: {reason}): it must be differentiable"
+            " in params by jax.grad; a callback or a kernel needs jax.custom_vjp."
+        ) from error
+
+
 def lossless_constants(name: str, function: Callable[..., Any], *shapes: Any) -> None:
     """Checks that the 64-bit arrays a function closes over fit into 32 bits.
+
+    Very negative numbers are let through: a mask of -1e300 does what one of -inf does.
 
     Raises:
       ValueError: as in `arrays.without_loss`.
@@ -81,15 +108,16 @@ def lossless_constants(name: str, function: Callable[..., Any], *shapes: Any) ->
     wide = []
     # What is not written for 64 bits may fail there, which says nothing.
     with contextlib.suppress(Exception), jax.enable_x64(True):
-        wide = [np.asarray(x) for x in jax.make_jaxpr(function)(*shapes).consts]
+        wide = [np.asarray(x) for x in _arrays(jax.make_jaxpr(_unjitted(function))(*shapes))]
     for x in wide:
+        if x.dtype == np.float64:
+            x = np.maximum(x, np.finfo(np.float32).min)
         arrays.without_loss(f"an array of shape {x.shape} that {name} closes over", x)
 
 
 def _jaxpr(name: str, function: Callable[..., Any], shapes: Any) -> tuple[ClosedJaxpr, Any]:
     """The jaxpr and the shapes of the result; a fresh wrapper, so that nothing is remembered."""
-    # A function under `jax.jit` would be traced once only.
-    inner = function.__wrapped__ if isinstance(function, jax.stages.Wrapped) else function
+    inner = _unjitted(function)
 
     def fresh(*args):
         return inner(*args)
@@ -99,15 +127,27 @@ def _jaxpr(name: str, function: Callable[..., Any], shapes: Any) -> tuple[Closed
     except jax.errors.KeyReuseError:  # asked for by the user, and says where
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:160]
         found = ", ".join(
             f"{arrays.short(jax.tree_util.keystr(path), 40)}: {x.dtype}{list(x.shape)}"
             for path, x in jax.tree_util.tree_leaves_with_path(shapes)[-4:]
         )
         raise ValueError(
             f"{name} failed when traced ({type(error).__name__}: {reason}); its last arguments were"
-            f" {found}. It must accept traced arrays of these shapes, whatever their values."
+            f" {arrays.short(found, 160)}. It must accept traced arrays of these shapes, whatever"
+            " their values."
         ) from error
+
+
+def _unjitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under `jax.jit`, which would be traced once only."""
+    return function.__wrapped__ if isinstance(function, jax.stages.Wrapped) else function
+
+
+def _arrays(closed: ClosedJaxpr) -> list[Any]:
+    """The arrays that are constants of a jaxpr, each once."""
+    found = {id(x): x for x in _constants(closed) if np.ndim(x) > 0}
+    return list(found.values())
 
 
 def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
@@ -142,6 +182,8 @@ def _same(left: Iterator[Any], right: Iterator[Any]) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
     if jnp.issubdtype(getattr(a, "dtype", None) or np.dtype(bool), jax.dtypes.prng_key):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     a, b = np.asarray(a), np.asarray(b)
@@ -150,11 +192,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _say_if_new_each_time(name: str, function: Callable[..., Any], num_bytes: int) -> None:
     """Warns, once, of a function that is made anew for every call and closes over large arrays."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    code = _code(function)
     if num_bytes < LARGE or code is None:
         return
-    before = _seen.setdefault(code, id(function))
-    if before not in (0, id(function)):
+    # The hash, by which compiled programs are found: two bound methods of one object share it.
+    before = _seen.setdefault(code, hash(function))
+    if before not in (0, hash(function)):
         _seen[code] = 0
         warnings.warn(
             f"{name} closes over {num_bytes / 1e6:.0f} MB of arrays and is a new function at every"
@@ -162,3 +205,12 @@ def _say_if_new_each_time(name: str, function: Callable[..., Any], num_bytes: in
             " in data or params and define the function once; jax.clear_caches() frees the copies.",
             stacklevel=2,
         )
+
+
+def _code(function: Callable[..., Any]) -> Any:
+    """What a function, a partial application of it or a callable object runs; None if unknown."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    method = type(function).__dict__.get("__call__")  # of an object such as a dataclass
+    return getattr(function, "__code__", getattr(method, "__code__", None))

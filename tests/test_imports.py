@@ -14,8 +14,8 @@ LIBRARY = {
     "types", "posterior", "samplers", "sampling", "stability", "sweep", "llc", "diagnostics",
     "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
     "mapping", "pilot", "proposal", "spectrum", "vectors", "checks", "parallel", "stages",
-    "smoothing", "lanes", "vectorize", "anchors", "arrays", "program", "soundness", "tie", "traced",
-    "ambient",
+    "smoothing", "lanes", "vectorize", "anchors", "arrays", "program", "scalars", "soundness",
+    "ambient", "tie", "traced",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.
 HEAVY = {"flax", "orbax", "matplotlib", "xarray", "pandas", "arviz", "tqdm", "ml_collections"}
