@@ -1,7 +1,7 @@
 """A stack of lanes through the compiled programs, and what comes back."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llc_jax import anchors, parallel, soundness
+from llc_jax.ambient import undisturbed
 from llc_jax.estimate import LLCEstimate, summarize
 from llc_jax.sampling import Plan, sample
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
@@ -52,6 +53,7 @@ class Run(NamedTuple):
       mask: None, or 0/1 like params.
       plan: the static sizes.
       num_chains: chains that were asked for.
+      lane_batch: most lanes at once that were asked for.
       padded: lanes and chains of the program, which fill the mesh.
       mesh: axes (checkpoint, chain).
       dtype: of what `loss_fn` returns.
@@ -67,6 +69,7 @@ class Run(NamedTuple):
     mask: Params | None
     plan: Plan
     num_chains: int
+    lane_batch: int
     padded: tuple[int, int]
     mesh: Mesh
     dtype: Any
@@ -74,6 +77,7 @@ class Run(NamedTuple):
     collect: Callable[[Params, Batch], Any] | None
     again: Any = None
 
+    @undisturbed()
     def place(self) -> "Run":
         """Puts on the devices what all lanes share."""
         if self.stream is None:
@@ -84,6 +88,7 @@ class Run(NamedTuple):
         placed = parallel.place([getattr(self, name) for name in names], self.mesh)
         return self._replace(**dict(zip(names, placed, strict=True)))
 
+    @undisturbed()
     def dispatch(self, chunk: list[Weighed]) -> tuple[list[soundness.Anchor], Any]:
         """Starts the chains of a few lanes; no more of them than the program has room for."""
         lanes = [weighed.lane for weighed in chunk]
@@ -126,10 +131,12 @@ class Run(NamedTuple):
             return found, jax.tree.map(_nothing, jax.eval_shape(sampled, *args))
         return found, sampled(*args)
 
+    @undisturbed()
     def finish(
         self, chunk: list[Weighed], output: tuple[list[soundness.Anchor], Any]
-    ) -> Iterator[tuple[Lane, LLCEstimate]]:
+    ) -> list[tuple[Lane, LLCEstimate]]:
         """Waits for the chains of a few lanes and sums them up."""
+        estimates = []
         found, trace = output[0], parallel.fetch(output[1])
         shared = {"num_chains": self.num_chains, **self.plan._asdict()}
         for row, (lane, heating, twice) in enumerate(chunk):
@@ -144,7 +151,8 @@ class Run(NamedTuple):
             estimate = summarize(
                 one, found[row], float(lane.nbeta), self.plan, settings, heating, twice
             )
-            yield lane, self._with_culprits(lane, estimate)
+            estimates.append((lane, self._with_culprits(lane, estimate)))
+        return estimates
 
     def _with_culprits(self, lane: Lane, estimate: LLCEstimate) -> LLCEstimate:
         """Looks for examples that are to blame if a chain died."""
