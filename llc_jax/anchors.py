@@ -11,18 +11,26 @@ from jax.sharding import PartitionSpec as P
 
 from llc_jax import vectorize
 from llc_jax.parallel import CHECKPOINT
-from llc_jax.posterior import losses_of
+from llc_jax.posterior import at_least_float32, losses_of
 from llc_jax.sampling import minibatch, num_examples, step_keys, take
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Stream
 
-NUM_AGAIN = 4  # random minibatches in which examples are evaluated a second time
+NUM_AGAIN = 4  # minibatches in which examples are evaluated a second time
+BESIDE = 0.1  # relative size of a move from the anchor to where losses are compared, too
 MAX_ROWS = 10_000  # of a minibatch that are looked at one by one
 
 
 def rows_again(n: int, batch_size: int, chunk: int) -> np.ndarray:
-    """Rows [NUM_AGAIN, chunk] of random minibatches; none where every minibatch is all data."""
-    count = 0 if batch_size == n else NUM_AGAIN
-    return np.random.default_rng(0).integers(0, n, (count, chunk), dtype=np.int32)
+    """Rows [k, chunk] of random minibatches; the first rows where every minibatch is all data."""
+    if batch_size == n:
+        return np.arange(chunk, dtype=np.int32)[None]
+    return np.random.default_rng(0).integers(0, n, (NUM_AGAIN, chunk), dtype=np.int32)
+
+
+def other_company(count: int, chunk: int) -> np.ndarray:
+    """An order [count * chunk] of the examples of `count` minibatches; nothing to mix in one."""
+    order = np.arange(count * chunk)
+    return order if count == 1 else np.random.default_rng(1).permutation(order)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "parts_fn", "mesh"))
@@ -46,24 +54,30 @@ def losses_at(
       mesh: see `sampling.sample`.
 
     Returns:
-      (losses [checkpoint, n]; parts [checkpoint, n, part] or None; losses of the examples
-      `again`, in the company of each other [checkpoint, k, chunk]).
+      (losses [checkpoint, n]; parts [checkpoint, n, part] or None; losses of the examples `again`
+      [checkpoint, 3, k, chunk]: in the company of each other at the anchor, at a point beside it,
+      and there after they have changed company).
     """
     n, (count, chunk) = num_examples(data), again.shape
     num_chunks = -(-n // chunk)
     in_order = (jnp.arange(num_chunks * chunk) % n).reshape(num_chunks, chunk)
+    order = other_company(count, chunk)
 
     def local(checkpoints, data, again):
         rows = jnp.concatenate([in_order.astype(again.dtype), again])
+        mixed = again.reshape(-1)[order].reshape(count, chunk)
 
         def one(params):
-            def of(function: Any, rows: jax.Array) -> jax.Array:
+            def of(function: Any, params: Params, rows: jax.Array) -> jax.Array:
                 found = jax.lax.map(lambda r: losses_of(function, params, take(data, r)), rows)
                 return found.reshape(-1, *found.shape[2:])
 
-            losses = of(loss_fn, rows)
-            parts = None if parts_fn is None else of(parts_fn, rows[:num_chunks])[:n]
-            return losses[:n], parts, losses[num_chunks * chunk :].reshape(count, chunk)
+            losses = of(loss_fn, params, rows)
+            parts = None if parts_fn is None else of(parts_fn, params, rows[:num_chunks])[:n]
+            beside = of(loss_fn, _beside(params), jnp.concatenate([again, mixed]))
+            here, there, moved = losses[-count * chunk :], *jnp.split(beside, 2)
+            moved = moved[np.argsort(order)]
+            return losses[:n], parts, jnp.stack([here, there, moved]).reshape(3, count, chunk)
 
         return vectorize.vmap(one)(checkpoints)
 
@@ -71,6 +85,17 @@ def losses_at(
     return jax.shard_map(
         local, mesh=mesh, in_specs=(lane, P(), P()), out_specs=lane, check_vma=False
     )(checkpoints, data, again)
+
+
+def _beside(params: Params) -> Params:
+    """A point off the anchor in all directions: losses of 0 say nothing of their company."""
+
+    def moved(w):
+        wide = at_least_float32(w)
+        wave = jnp.cos(jnp.arange(w.size, dtype=wide.dtype)).reshape(w.shape)
+        return (wide + BESIDE * (jnp.abs(wide) + BESIDE) * wave).astype(w.dtype)
+
+    return jax.tree.map(moved, params)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "stream", "batch_size", "count"))

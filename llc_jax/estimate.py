@@ -246,6 +246,7 @@ def summarize(
     agreement = soundness.agreement(
         trace.probe.change[finite][:, probes], trace.probe.predicted[finite][:, probes]
     )
+    coarse = trace.probe.heating[finite][:, probes]
     stability = np.full(len(finite), np.nan)
     if trace.stability is not None:
         stability[finite] = largest_eigenvalue(trace.stability)[finite]
@@ -278,7 +279,7 @@ def summarize(
             anchor=anchor,
             agreement=agreement,
             gradient=trace.probe.gradient[:, looked_at],
-            heating=heating,
+            heating=max(heating, float(np.median(coarse)) if coarse.size else 0.0),
             second_derivatives=trace.stability is not None or not wanted,
             shared=shared,
         ),

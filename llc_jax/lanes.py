@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llc_jax import arrays, checks, parallel, soundness, traced
+from llc_jax import arrays, checks, parallel, traced, weights
 from llc_jax.ambient import own_key, undisturbed
 from llc_jax.estimate import LLCEstimate
 from llc_jax.posterior import default_nbeta
@@ -178,8 +178,8 @@ def prepare(
         lane = settled(lane)
         checks.params(lane.params, lane.step, template, mask)
         params = arrays.param_arrays(lane.params, lane.step, mask)
-        heating = soundness.weight_heating(params, lane.sampler, lane.localization, mask)
-        return Weighed(lane._replace(params=params), heating, soundness.shared_arrays(params))
+        heating = weights.weight_heating(params, lane.sampler, lane.localization, mask)
+        return Weighed(lane._replace(params=params), heating, weights.shared_arrays(params))
 
     run = Run(
         # A key that does not depend on how many chains are drawn at once.

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from llc_jax import vectorize
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.posterior import apply_mask, displacement, evaluate, losses_of
+from llc_jax.probe import Probe, look_at
 from llc_jax.stability import Tridiagonal, stability_matrix
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
@@ -50,25 +51,6 @@ class Plan(NamedTuple):
         every = -(-self.num_draws // max(1, self.num_probes))
         last = self.total_draws if self.num_probes else self.num_burnin
         return range(self.num_burnin, last, every)
-
-
-class Probe(NamedTuple):
-    """What one step of a chain says of sampler, loss and gradient; 0 where it was not looked at.
-
-    Attributes:
-      log_acceptance: log Metropolis ratio of the step; None if the sampler has none.
-      change: of the minibatch loss along the first `SHARE` of the step.
-      predicted: the same by the gradients at both ends, of a relative error of third order.
-      gradient: Euclidean norm of the gradient at the start of the step.
-    """
-
-    log_acceptance: jax.Array
-    change: jax.Array
-    predicted: jax.Array
-    gradient: jax.Array
-
-
-SHARE = 0.25  # short enough to leave the curvature of a step out of `Probe.change - predicted`
 
 
 class Trace(NamedTuple):
@@ -186,7 +168,9 @@ def sample_chain(
         batch, anchor_loss, posterior = posterior_on(batch_key)
         new_state, here = sampler.step(noise_key, state, posterior, mask)
         distance = optax.tree.norm(apply_mask(mask, displacement(state.params, anchor)))
-        probe = _probe(sampler, state, new_state, here, posterior, probing if probes else None)
+        probe = look_at(
+            sampler, state, new_state, here, posterior, anchor, mask, probing if probes else None
+        )
         extra = None if collect is None else collect(state.params, batch)
         seen = here.loss, anchor_loss, here.gaps.loss, distance, probe, here.gaps.parts, extra
         return new_state, seen
@@ -218,40 +202,10 @@ def sample_chain(
     if plan.num_probes and hasattr(sampler, "step_size"):
         batch_key, start_key = step_keys(rng_key, count)  # of the step after the last
         # A custom rule, a callback or a kernel may have no second derivative: sampling needs none.
-        with contextlib.suppress(TypeError, ValueError, NotImplementedError):
+        with contextlib.suppress(TypeError, ValueError, NotImplementedError, AssertionError):
             _, _, posterior = posterior_on(batch_key)
             stability = stability_matrix(start_key, sampler, state, posterior, mask)
     return Trace(losses, references, gaps, distance, probe, stability, parts, extra)
-
-
-def _probe(sampler, state, new_state, here, posterior, probing) -> Probe:
-    """Looks at a step where `probing`, a traced boolean; not at all if that is None."""
-    blank = jnp.zeros_like(here.gaps.loss)
-    ratio = getattr(new_state, "log_acceptance", None)
-    if hasattr(sampler, "log_acceptance"):
-        ratio = blank
-    nothing = Probe(ratio, blank, blank, blank)
-    if probing is None:
-        return nothing
-
-    def look():
-        move = displacement(new_state.params, state.params)
-        points = [jax.tree.map(lambda w, x: (w + SHARE * x).astype(w.dtype), state.params, move)]
-        if hasattr(sampler, "log_acceptance"):
-            points.append(new_state.params)
-        # One after the other in a loop: the gradient is compiled once.
-        there = jax.lax.map(posterior, jax.tree.map(lambda *w: jnp.stack(w), *points))
-        near, far = (jax.tree.map(lambda x, i=i: x[i], there) for i in (0, -1))
-        short = displacement(points[0], state.params)
-        predicted = (optax.tree.vdot(short, here.grad) + optax.tree.vdot(short, near.grad)) / 2
-        change, norm = near.gaps.loss - here.gaps.loss, optax.tree.norm(here.grad)
-        found = ratio
-        if hasattr(sampler, "log_acceptance"):
-            found = sampler.log_acceptance(move, here, far)
-        return jax.tree.map(lambda x: x.astype(blank.dtype), Probe(found, change, predicted, norm))
-
-    # The predicate is the same for every chain, so vmap keeps the branch a branch.
-    return jax.lax.cond(probing, look, lambda: nothing)
 
 
 @functools.partial(

@@ -62,7 +62,8 @@ def trace(name: str, function: Callable[..., Any], *shapes: Any) -> Traced:
             " the function, not what it sees. Pass the array in params or data, and call from"
             " outside of jax.jit, vmap, grad or a scan."
         )
-    again, _ = _jaxpr(name, function, shapes)
+    with _afresh():
+        again, _ = _jaxpr(name, function, shapes)
     if not _same(_constants(closed), _constants(again)):
         raise ValueError(
             f"{name} is not pure: traced twice, it holds other constants the second time, as if it"
@@ -167,6 +168,17 @@ def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
                     inner = inner.jaxpr
                 if hasattr(inner, "eqns"):
                     stack.append(inner)
+                elif isinstance(inner, int | float):  # a power, an axis, where a slice begins
+                    yield inner
+
+
+@contextlib.contextmanager
+def _afresh() -> Iterator[None]:
+    """A context that changes nothing but what the traces of inner functions are remembered by."""
+    other = "allow" if jax.config.jax_numpy_rank_promotion == "warn" else "warn"
+    with warnings.catch_warnings(), jax.numpy_rank_promotion(other):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _same(left: Iterator[Any], right: Iterator[Any]) -> bool:

@@ -15,7 +15,7 @@ LIBRARY = {
     "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
     "mapping", "pilot", "proposal", "spectrum", "vectors", "checks", "parallel", "stages",
     "smoothing", "lanes", "vectorize", "anchors", "arrays", "program", "scalars", "soundness",
-    "ambient", "tie", "traced",
+    "ambient", "tie", "traced", "probe", "weights",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.
 HEAVY = {"flax", "orbax", "matplotlib", "xarray", "pandas", "arviz", "tqdm", "ml_collections"}
