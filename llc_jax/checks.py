@@ -64,9 +64,11 @@ def pairs(checkpoints: Any) -> Iterator[tuple[Any, Params]]:
     items = checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints
     remedy = "give {step: params} or an iterable of pairs (step, params)"
     try:
-        iterator = iter(items)
+        iterator = None if hasattr(items, "shape") else iter(items)
     except TypeError:
-        raise ValueError(f"checkpoints={shown(checkpoints)}: {remedy}.") from None
+        iterator = None
+    if iterator is None:
+        raise ValueError(f"checkpoints={shown(checkpoints)}: {remedy}.")
 
     def each() -> Iterator[tuple[Any, Params]]:
         for item in iterator:

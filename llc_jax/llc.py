@@ -127,6 +127,8 @@ def estimate_llc_over_checkpoints(
     Raises:
       ValueError: on bad input, before anything compiles.
     """
+    if mesh is not None:
+        checks.mesh(mesh)
     pairs = checks.pairs(checkpoints)
     lanes = (Lane(step, params, sampler, nbeta, localization) for step, params in pairs)
     estimates = estimate_lanes(

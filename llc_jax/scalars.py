@@ -1,6 +1,8 @@
 """Numbers as arguments: of Python, numpy or JAX, and a `ValueError` for everything else."""
 
+import contextlib
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -104,10 +106,10 @@ def grid(settings: dict[str, Any]) -> list[np.ndarray]:
     for name, value in settings.items():
         if any(isinstance(x, jax.core.Tracer) for x in (value, *_items(value))):
             raise ValueError(f"{name} {TRACED}")
-        try:
-            array = np.asarray(value)
-        except Exception:  # ragged, deleted, or a key
-            array = np.asarray(None)
+        array = np.asarray(None)
+        if isinstance(value, int | float | Sequence) or hasattr(value, "__array__"):
+            with contextlib.suppress(Exception):  # ragged, deleted, or a key
+                array = np.asarray(value)
         kinds = jnp.integer, jnp.floating
         if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
             raise ValueError(f"{name}={shown(value)}: give a number or an array of numbers.")
