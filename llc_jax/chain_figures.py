@@ -100,7 +100,8 @@ def _chains_figure(columns: Mapping) -> Figure:
     axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
     handles = {}
     for (top, bottom), (name, one) in zip(axes.T, columns.items(), strict=True):
-        losses, burnin, dead = (one[k].values for k in ("losses", "burnin_losses", "diverged_at"))
+        losses, dead = one.losses.values, one.diverged_at.values
+        burnin = one.burnin_losses.values if "burnin_losses" in one else losses[:, :0]
         traces(top, losses, burnin, one.init_loss.item(), dead)
         running_llc(
             bottom, losses, one.anchor_losses.values, one.attrs["nbeta"],

@@ -244,6 +244,16 @@ def squared(params, batch):
     return jnp.sum(params["w"] ** 2) + 0.0 * batch["x"]
 
 
+def test_an_estimate_without_burnin_plots_itself_too():
+    estimate = llc_jax.estimate_llc(
+        jax.random.key(0), squared, {"w": jnp.zeros(3)}, {"x": jnp.zeros(8)},
+        sampler=llc_jax.SGLD(1e-3), localization=1.0, num_draws=20, num_burnin=0,
+    )  # fmt: skip
+    traces, _ = estimate.plot().axes
+    assert bands(traces) == []
+    assert all(len(line.get_ydata()) == 20 for line in traces.lines[:4])
+
+
 def test_estimate_plots_itself_and_shows_in_notebooks():
     formatters = pytest.importorskip("IPython.core.formatters")
     estimate = llc_jax.estimate_llc(
