@@ -8,21 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llc_jax import arrays, parallel
+from llc_jax import arrays, parallel, scalars
 from llc_jax.arrays import data_length
-from llc_jax.scalars import (
-    TRACED,
-    at_least,
-    shown,
-    step,
-)
-from llc_jax.scalars import flag as flag
-from llc_jax.scalars import grid as grid
-from llc_jax.scalars import hyperparameters as hyperparameters
-from llc_jax.scalars import nonnegative as nonnegative
-from llc_jax.scalars import sampler_instance as sampler_instance
+from llc_jax.scalars import TRACED
 from llc_jax.traced import differentiable, lossless_constants, trace
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Stream
+
+# Numbers are checked under this name, too.
+at_least, flag, grid, number = scalars.at_least, scalars.flag, scalars.grid, scalars.number
+nonnegative, shown, step = scalars.nonnegative, scalars.shown, scalars.step
+hyperparameters, sampler_instance = scalars.hyperparameters, scalars.sampler_instance
 
 
 def concrete(name: str, tree: Any) -> None:
@@ -73,7 +68,7 @@ def pairs(checkpoints: Any) -> Iterator[tuple[Any, Params]]:
     def each() -> Iterator[tuple[Any, Params]]:
         for item in iterator:
             if not isinstance(item, tuple | list) or len(item) != 2:
-                raise ValueError(f"checkpoints has the item {shown(item)}: {remedy}.")
+                raise ValueError(f"checkpoints holds {shown(item)}: {remedy}.")
             yield item[0], item[1]
 
     return each()
