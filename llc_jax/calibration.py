@@ -4,22 +4,26 @@ Symbols as in `llc_jax.pilot`: ε, nβ, γ, and Λ, the largest curvature of the
 """
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from llc_jax import checks
+from llc_jax.grid import REHEARSAL, Grid
+from llc_jax.incurable import refuse_incurable
 from llc_jax.lanes import default_nbeta_of
-from llc_jax.llc import estimate_llc_over_checkpoints, estimate_llc_over_settings
-from llc_jax.pilot import Pilot, Settled, fitted, relaxation_steps, stiffness_of
+from llc_jax.llc import estimate_llc_over_checkpoints
+from llc_jax.pilot import DIVERGED, Pilot, Settled, fitted, relaxation_steps, stiffness_of
 from llc_jax.proposal import Calibration, lengths
 from llc_jax.samplers import BAOAB, SGLD
-from llc_jax.sweep import Sweep, plateau, proposed_row
+from llc_jax.sweep import proposed_row
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 from llc_jax.vectors import Layout
+from llc_jax.walls import any_dead
+
+MOST_RECORDED = 10**8  # draws of all settings: 3 GB of traces
 
 
 def calibrate(
@@ -90,8 +94,21 @@ def calibrate(
     checks.at_least("num_burnin", num_burnin, 1)
     for name in {"thinning", "num_probes"} & options.keys():
         raise ValueError(f"{name}={options[name]!r}: calibrate chooses it; leave it out.")
+    checks.at_least("num_chains", num_chains, 1)
     _check_factors(step_fractions=step_fractions, nbeta_factors=nbeta_factors,
                    localization_factors=localization_factors)  # fmt: skip
+    settings = len(step_fractions) * len(nbeta_factors) * len(localization_factors)
+    recorded = settings * num_chains * (num_draws + num_burnin)
+    if recorded > MOST_RECORDED:
+        raise ValueError(
+            f"{settings:,} settings x {num_chains:,} chains x {num_draws + num_burnin:,} draws:"
+            f" calibrate would record {recorded:.2g} draws, and holds at most {MOST_RECORDED:.0e};"
+            " give fewer factors, chains, num_draws or num_burnin."
+        )
+    if report is not None and not callable(report):
+        raise ValueError(
+            f"report={checks.shown(report)}: give a function of one text, such as print, or None."
+        )
     template = checks.params(params, options.get("step", 0))
     checkpoints = _checked(checkpoints, template)
     mask = checks.mask(options.get("mask"), template)
@@ -103,9 +120,16 @@ def calibrate(
                 f"localization={localization!r}: without a pull towards the anchor flat directions"
                 " never relax; give a number above 0, or None."
             )
-    sampler = sampler or _default_sampler(data, options.get("batch_size"))
+    if sampler is None:
+        sampler = _default_sampler(data, options.get("batch_size"))
     checks.sampler_instance(sampler)
+    if "step_size" not in sampler._asdict():
+        raise ValueError(
+            f"sampler={checks.shown(sampler)}: calibrate looks for its step_size, which it does not"
+            " have; name that hyperparameter step_size, or choose the settings by hand."
+        )
     pilot_key, sweep_key, elsewhere_key = jax.random.split(rng_key, 3)
+    rehearsal_key = jax.random.fold_in(elsewhere_key, 0)
     chains = {"num_chains": num_chains, **options}
     say = report or (lambda text: None)
 
@@ -115,8 +139,6 @@ def calibrate(
     pilot = Pilot(loss_fn, params, data, sampler, fraction, num_burnin, chains)
     anchor_key, ladder_key, cells_key = jax.random.split(pilot_key, 3)
     at_anchor = pilot.at_anchor(anchor_key, nbeta)
-    if not math.isfinite(at_anchor):
-        raise ValueError("the Hessian at params is not finite: use another checkpoint.")
     say(f"at the anchor the largest eigenvalue of nbeta H is {at_anchor:.3g}")
     if localization is None:
         rungs = pilot.ladder(ladder_key, nbeta, at_anchor, num_weights)
@@ -128,52 +150,28 @@ def calibrate(
     nbetas = nbeta * np.asarray(nbeta_factors, float)
     localizations = localization * np.asarray(localization_factors, float)
     cells = np.array(np.meshgrid(nbetas, localizations, indexing="ij")).reshape(2, -1)
-    curvature = np.maximum(rungs.stiffness - rungs.localizations, np.finfo(float).tiny)
+    curvature = np.maximum(rungs.stiffness - rungs.localizations, 1e-3 * rungs.localizations)
     curvature = np.interp(np.log(cells[1]), np.log(rungs.localizations), np.log(curvature))
     guess = np.exp(curvature) * cells[0] / nbeta + cells[1]
-    met = pilot.settle(cells_key, *cells, guess, at_anchor * cells[0] / nbeta + cells[1])
+    least = at_anchor * cells[0] / nbeta + cells[1]
+    met = pilot.settle(cells_key, *cells, guess, least, to_the_end=True)
     low, high = met.stiffness.min(), met.stiffness.max()
     say(f"over the grid pilot chains meet a stiffness of {low:.3g} to {high:.3g}")
 
-    # 2. The grid, and the control, whose law is known where nothing is preconditioned.
-    def run(sampler, lanes, steps):
-        return estimate_llc_over_settings(
-            sweep_key, loss_fn, params, data, sampler=fitted(sampler, steps, lanes[1]),
-            nbeta=lanes[0], localization=lanes[1], num_draws=num_draws, num_burnin=num_burnin,
-            **chains,
-        )  # fmt: skip
-
-    control = np.stack([np.zeros_like(localizations), localizations]), fraction / localizations
-    grid = np.tile(cells, fractions.size), (fractions[:, None] / met.stiffness).ravel()
-    if hasattr(sampler, "preconditioner"):
-        estimates = np.concatenate([run(sampler, *grid), run(SGLD(1.0), *control)])
-    else:  # one program for both
-        both = zip(grid, control, strict=True)
-        estimates = run(sampler, *(np.concatenate(x, axis=-1) for x in both))
-    shape = (fractions.size, nbetas.size, localizations.size)
-    steps, gammas = grid[1].reshape(shape), np.broadcast_to(localizations, shape)
-    sweep = Sweep(
-        step_fractions=fractions,
-        nbetas=nbetas,
-        localizations=localizations,
-        step_sizes=steps,
-        stiffness=met.stiffness.reshape(shape[1:]),
-        relaxations=num_burnin / relaxation_steps(fitted(sampler, steps, gammas), gammas),
-        estimates=estimates[: math.prod(shape)].reshape(shape),
-        control=estimates[math.prod(shape) :],
-    )
-    say(f"sampled {estimates.size} settings")
+    # 2. The grid.
+    grid = Grid(pilot, fractions, nbetas, localizations, num_draws)
+    sweep, sampled = grid.sample_alive(sweep_key, met.stiffness.reshape(nbetas.size, -1))
+    say(f"sampled {sampled} settings")
 
     # 3. The plateau, and what to run there.
-    chosen, found, warnings = plateau(sweep)
+    choice, sweep = grid.rehearsed(rehearsal_key, sweep, at_anchor / nbeta)
+    chosen = choice.cell
     centre, nbeta, localization = nbeta, float(nbetas[chosen[1]]), float(localizations[chosen[2]])
     best: Any = sweep.estimates[chosen]
-    stiffest = max(
-        float(sweep.stiffness[chosen[1:]]),
-        float(stiffness_of([best], sweep.step_sizes[chosen], sweep.stiffness[chosen[1:]])[0]),
-    )
+    stiffest = choice.stiffness
 
     # 4. Elsewhere.
+    bare = [] if at_anchor * nbeta / centre > localization else [_without_curvature(localization)]
     worst_step, known_stiffest, pilots = None, stiffest, 0
     if checkpoints is not None:
         near = fitted(sampler, float(fractions[chosen[0]]) / stiffest, localization)
@@ -184,7 +182,10 @@ def calibrate(
         )  # fmt: skip
         for step, found_there in elsewhere:
             pilots += num_burnin
+            refuse_incurable([found_there], f" at step {step:,}")
             there = float(stiffness_of([found_there], near.step_size, known_stiffest)[0])
+            if any_dead([found_there])[0]:
+                there = max(there, DIVERGED * known_stiffest)
             if there > stiffest:
                 stiffest, worst_step = there, step
 
@@ -192,7 +193,8 @@ def calibrate(
     proposal = type(sampler)(*map(float, fitted(sampler, step_size, localization)))
     relaxation = float(relaxation_steps(proposal, localization))
     # Finer steps mix more slowly than those of the grid did.
-    slower = relaxation * float(sweep.relaxations[chosen]) / num_burnin
+    of_grid = fitted(sampler, float(sweep.step_sizes[chosen]), localization)
+    slower = relaxation / float(relaxation_steps(of_grid, localization))
     run_for = lengths(best, relaxation, slower, relative_stderr)
     return Calibration(
         settings={
@@ -210,14 +212,14 @@ def calibrate(
         stiffness_at_anchor=at_anchor * nbeta / centre + localization,
         stiffness=stiffest,
         worst_step=worst_step,
-        sensitivity=found,
+        sensitivity=choice.sensitivity,
         relaxation=relaxation,
         relative_stderr=run_for.relative_stderr,
         num_params=num_weights,
         num_steps=(rungs.num_steps + met.num_steps) // num_chains
-        + estimates.size * (num_burnin + num_draws)
+        + (sampled + REHEARSAL * choice.num_rehearsals) * (num_burnin + num_draws)
         + pilots,
-        warnings=warnings + run_for.warnings,
+        warnings=choice.warnings + bare + run_for.warnings,
     )
 
 
@@ -230,15 +232,26 @@ def _checked(checkpoints: Any, template: Params) -> Iterator[tuple[int, Params]]
         checks.params(pair[1], pair[0], template)
         return pair
 
-    pairs = map(check, checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints)
+    pairs = map(check, checks.pairs(checkpoints))
     first = next(pairs, None)
     if first is None:
         raise ValueError("checkpoints is empty: give at least one (step, params), or None.")
     return itertools.chain([first], pairs)
 
 
+def _without_curvature(localization: float) -> str:
+    return (
+        "The curvature at the anchor is nothing beside the localization: λ̂ is decided by what lies"
+        f" within about 1/sqrt(localization) = {localization**-0.5:.2g} of it, and mostly lower"
+        " than the coefficient, which it approaches slowly as nbeta grows. For more of it, give a"
+        " larger nbeta, or a smaller localization with a longer num_burnin."
+    )
+
+
 def _default_sampler(data: Batch | Stream, batch_size: int | None) -> Sampler:
-    full = not isinstance(data, Stream) and batch_size in (None, checks.data_length(data))
+    if isinstance(data, Stream):
+        return SGLD(1.0)
+    full = batch_size is None or checks.number(batch_size) == checks.data_length(data)
     return BAOAB(1.0, 1.0) if full else SGLD(1.0)
 
 
@@ -248,11 +261,9 @@ def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def _check_factors(**factors: Sequence[float]) -> None:
     for name, values in factors.items():
-        array = np.asarray(values, float)
-        if (
-            array.ndim != 1
-            or not array.size
-            or not (array > 0).all()
-            or (np.diff(array) <= 0).any()
-        ):
-            raise ValueError(f"{name}={values!r}: give numbers above 0 in increasing order.")
+        [array] = checks.grid({name: values})
+        above = array.ndim == 1 and array.size and (array > 0).all() and np.isfinite(array).all()
+        if not above or (np.diff(array) <= 0).any():
+            raise ValueError(
+                f"{name}={checks.shown(values)}: give finite numbers above 0 in increasing order."
+            )

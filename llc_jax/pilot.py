@@ -7,6 +7,7 @@ direction. A relaxation time is the number of steps in which a direction without
 its start.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,20 +15,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llc_jax import checks
 from llc_jax.diagnostics import MAX_STABILITY
+from llc_jax.incurable import refuse_flat, refuse_incurable
 from llc_jax.llc import estimate_llc_over_settings
 from llc_jax.posterior import at_least_float32
 from llc_jax.sweep import RELAXATIONS
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+from llc_jax.vectors import Layout
+from llc_jax.walls import any_dead, pushed, spread
 
 ROOM = 1.25  # growth of Λ between rounds that counts as settled
 MAX_ROUNDS = 5
+MOST_ROUNDS = 12  # while chains die
 GROWTH = 3.0  # of the curvature on the way from the anchor, for a first guess at γ
 RUNGS = GROWTH ** np.arange(0, 4.5, 0.5)  # of the ladder of γ, in units of that guess
-DECADES = 10.0 ** np.arange(-6, 1)  # the same, per weight, where the anchor has no curvature
+FARTHEST = 1e-6  # γ at which each weight goes a distance of 1000
+DECADES = 10.0 ** np.arange(9)  # of a ladder whose lowest rung is a guess
+MAX_LADDERS = 4
+VARIES = 2.0  # ratio of curvatures above which ends of chains do not tell how steep walls get
 MARGIN = 1.2  # of the burn-in, for what the ladder does not see
-DIVERGED = 10.0  # times the Λ that was assumed is assumed next where all chains diverged
+DIVERGED = 10.0  # times the Λ that was assumed is assumed next where chains diverged
 TINY = 1e-9  # step fraction that leaves a chain at its anchor
+LARGE = 100.0  # weights above it round a step of that size away
+PROBES = 2  # draws at which the gradient is looked at: the anchor, and half way
 
 
 def relaxation_steps(sampler: Sampler, localization: Any) -> np.ndarray:
@@ -127,27 +138,49 @@ class Pilot(NamedTuple):
         self, rng_key, params, nbetas, localizations, sampler, num_draws, **changes
     ) -> np.ndarray:
         """[K] estimates without burn-in."""
-        options = {**self.options, "num_probes": 1, **changes}  # for the stability number
-        return estimate_llc_over_settings(
+        options = {**self.options, "num_probes": PROBES, **changes}  # and the stability number
+        found = estimate_llc_over_settings(
             rng_key, self.loss_fn, params, self.data, sampler=sampler, nbeta=nbetas,
             localization=localizations, num_draws=num_draws, num_burnin=0, **options,
         )  # fmt: skip
+        refuse_incurable(found)
+        return found
 
     def at_anchor(self, rng_key: jax.Array, nbeta: float) -> float:
-        """The largest eigenvalue of nβ H at the anchor."""
-        still = fitted(self.sampler, np.full(1, TINY), np.ones(1))
+        """The largest eigenvalue of nβ H at the anchor.
+
+        Raises:
+          ValueError: if it, the loss or its gradient is not finite.
+        """
         # Widened: half precision would round the tiny step away.
         params = jax.tree.map(lambda x: at_least_float32(jnp.asarray(x)), self.params)
+        largest = max(float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(params))
+        step = TINY * max(1.0, largest / LARGE) ** 2
+        still = fitted(self.sampler, np.full(1, step), np.ones(1))
         found = self.run(rng_key, params, np.full(1, nbeta), np.zeros(1), still, 1)
-        return float(stiffness_of(found, still.step_size, np.full(1, np.nan))[0])
+        if (found[0].diverged_at >= 0).all():
+            raise ValueError(
+                "the loss at params is not finite: use another checkpoint, or look for missing"
+                " values and labels out of range in the data."
+            )
+        at_anchor = float(stiffness_of(found, still.step_size, np.full(1, np.nan))[0])
+        if not math.isfinite(at_anchor):
+            raise ValueError(
+                "the Hessian at params is not finite: use another checkpoint, or make the loss"
+                " differentiable there (a root or a norm of 0, a division behind jnp.where)."
+            )
+        return at_anchor
 
-    def settle(self, rng_key, nbetas, localizations, stiffness, least, **changes) -> Settled:
+    def settle(
+        self, rng_key, nbetas, localizations, stiffness, least, to_the_end=False, **changes
+    ) -> Settled:
         """Looks for the curvature that chains meet whose step size suits that curvature.
 
         Raised round by round until no chain finds more; a setting whose flat directions no longer
         relax within the chains is not worth another round. Unstable chains go where no chain
         should, and the curvature there is far too large: what they find makes the next round safe,
         but it does not count once stable chains, long enough to forget their start, have been.
+        That chains died does count: walls can be steep where no chain happens to end.
 
         Args:
           rng_key: consumed.
@@ -155,27 +188,50 @@ class Pilot(NamedTuple):
           localizations: [K].
           stiffness: [K] first guess.
           least: [K] Λ at the anchor, where chains start: no less is returned.
+          to_the_end: whether to go on where chains die, however short they get.
           **changes: of the options.
         """
         trusted = np.asarray(least, float)
-        for number in range(MAX_ROUNDS):
+        for number in range(MOST_ROUNDS):
             steps = self.fraction / stiffness
             key = jax.random.fold_in(rng_key, number)
             sampler = fitted(self.sampler, steps, localizations)
             found = self.run(
                 key, self.params, nbetas, localizations, sampler, self.num_burnin, **changes
             )
+            if number == 0:
+                refuse_flat(found, localizations)
+            dead = any_dead(found)
             measured = stiffness_of(found, steps, stiffness)
+            measured = np.where(dead, np.maximum(measured, DIVERGED * stiffness), measured)
+            kinked = self.pushed(found, nbetas)
+            measured = np.where(kinked > DIVERGED * measured, kinked, measured)
             settled = measured <= ROOM * stiffness
             sound = (measured * steps <= MAX_STABILITY) & all_finite(found)
             sound &= self.relaxations(stiffness, localizations) >= RELAXATIONS
-            trusted = np.where(sound, np.maximum(trusted, measured), trusted)
-            stiffness = np.where(sound, trusted, np.maximum(stiffness, measured))
-            if (settled | (self.relaxations(stiffness, localizations) < RELAXATIONS)).all():
+            # Half way, on a logarithmic scale, between steps that killed and the next ones.
+            refuted = np.where(dead, math.sqrt(DIVERGED) * stiffness, 0.0)
+            trusted = np.maximum(trusted, np.where(sound, measured, refuted))
+            wild = np.asarray([spread(e.stability) > VARIES for e in found])
+            lower = np.maximum(trusted, np.where(wild, stiffness / math.sqrt(DIVERGED), 0.0))
+            stiffness = np.where(sound, lower, np.maximum(stiffness, measured))
+            hopeless = self.relaxations(stiffness, localizations) < RELAXATIONS
+            dying = dead & (to_the_end | ~hopeless)
+            if (settled | hopeless & ~dying).all() or (
+                number + 1 >= MAX_ROUNDS and not dying.any()
+            ):
                 break
         chains = changes.get("num_chains", self.options["num_chains"])
         spent = (number + 1) * stiffness.size * self.num_burnin * chains
         return Settled(localizations, stiffness, settled | sound, spent)
+
+    def pushed(self, estimates: Any, nbetas: np.ndarray) -> np.ndarray:
+        """[K] `walls.pushed`; 0 for minibatches, whose noise is in their gradients."""
+        size = self.options.get("batch_size")
+        if isinstance(self.data, Stream) or size not in (None, checks.data_length(self.data)):
+            return np.zeros(len(estimates))
+        mask = checks.mask(self.options.get("mask"), self.params)
+        return pushed(estimates, nbetas, int(Layout.of(self.params).num_kept(mask)))
 
     def relaxations(self, stiffness, localizations) -> np.ndarray:
         """Length of the burn-in in relaxation times."""
@@ -183,20 +239,43 @@ class Pilot(NamedTuple):
         return self.num_burnin / relaxation_steps(sampler, localizations)
 
     def ladder(self, rng_key, nbeta: float, at_anchor: float, num_weights: int) -> Settled:
-        """Rungs of γ at one nbeta, by one chain each.
+        """Rungs of γ at one nbeta, up to one that the burn-in affords.
 
         The weaker the localization, the further chains go and the larger the curvature that they
-        meet: how much larger differs from loss to loss, so it is measured. At an anchor without
-        curvature, such as the origin of a deep linear network, nothing tells the scale of γ, and
-        the rungs let chains go a distance of 1 to 1000.
+        meet: how much larger differs from loss to loss, so it is measured. Where the curvature at
+        the anchor is none, or nothing beside what lies around it, as at the origin of a deep linear
+        network, it does not tell the scale of γ, and the rungs are decades.
         """
-        lowest = weakest_localization(
+        near = weakest_localization(
             self.sampler, GROWTH * at_anchor, self.fraction, self.num_burnin
         )
-        rungs = lowest * RUNGS if at_anchor > 0 else num_weights * DECADES
-        nbetas = np.full(rungs.size, nbeta)
-        least = at_anchor + rungs
-        return self.settle(rng_key, nbetas, rungs, least, least, num_chains=1)
+        lowest, spent = num_weights * FARTHEST, 0
+        if near > FARTHEST:
+            gammas = near * RUNGS
+            least = at_anchor + gammas
+            nbetas = np.full(gammas.size, nbeta)
+            rungs = self.settle(rng_key, nbetas, gammas, least, least, num_chains=1)
+            if self.reached(rungs):
+                return rungs
+            lowest, spent = gammas[-1], rungs.num_steps
+        for number in range(MAX_LADDERS):
+            gammas = lowest * DECADES
+            least = at_anchor + gammas
+            key = jax.random.fold_in(rng_key, MOST_ROUNDS + number)
+            rungs = self.settle(key, np.full(gammas.size, nbeta), gammas, least, least)
+            # No less than under a stronger pull: chains may have ended where it happens to be flat.
+            met = np.maximum.accumulate((rungs.stiffness - gammas)[::-1])[::-1]
+            spent += rungs.num_steps
+            rungs = rungs._replace(stiffness=met + gammas, num_steps=spent)
+            if self.reached(rungs):
+                break
+            lowest = gammas[-1]
+        return rungs
+
+    def reached(self, rungs: Settled) -> bool:
+        """Whether the last rung of a ladder relaxes within the burn-in."""
+        last = self.relaxations(rungs.stiffness, rungs.localizations)[-1]
+        return bool(rungs.settled[-1] and last >= MARGIN * RELAXATIONS)
 
     def affordable(self, rungs: Settled) -> float:
         """The weakest γ that relaxes within the burn-in, between the rungs of a ladder."""

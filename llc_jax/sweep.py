@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llc_jax import soundness
 from llc_jax.diagnostics import mean_stderr
 from llc_jax.estimate import LLCEstimate
+from llc_jax.scalars import shown
 
 LEVEL = 0.05  # relative change of λ̂ per e-fold of nbeta or localization that counts as level
 STEP_FRACTION = 0.4  # of Λ: a tenth of the stability limit, a bias of at most a tenth for SGLD
@@ -25,8 +27,9 @@ class Sweep(NamedTuple):
       nbetas: [B], increasing.
       localizations: [G], increasing.
       step_sizes: [E, B, G] ε.
-      stiffness: [B, G] Λ along pilot chains.
-      relaxations: [E, B, G] length of the burn-in in relaxation times of flat directions.
+      stiffness: [B, G] Λ along pilot chains, or what rehearsals demanded.
+      relaxations: [E, B, G] length of the burn-in in relaxation times of flat directions, with
+        steps to suit that Λ.
       estimates: [E, B, G] `LLCEstimate`.
       control: [G] `LLCEstimate` at nbeta = 0: chains that feel the localization only.
     """
@@ -71,9 +74,17 @@ class Sensitivity(NamedTuple):
     healthy: np.ndarray
 
 
+def unsound(estimate: LLCEstimate) -> list[tuple[str, str]]:
+    """The findings about loss, gradient, data and weights: no setting cures them."""
+    return soundness.findings(estimate.sound, estimate.mean, estimate.stderr)
+
+
 def faults(estimate: LLCEstimate) -> int:
-    """How much is wrong that more draws do not cure; a negative value is no fault of the chains."""
-    harmless = CURABLE | {"not a minimum"}
+    """How much is wrong that more draws do not cure but other settings may.
+
+    A negative value is no fault of the chains.
+    """
+    harmless = CURABLE | {"not a minimum"} | {label for label, _ in unsound(estimate)}
     return sum(label not in harmless for label, _ in estimate.findings)
 
 
@@ -122,6 +133,12 @@ def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]
     row = proposed_row(sweep.step_fractions)
     found = sensitivity(sweep, row)
     if not np.isfinite(sweep.values("mean")[row]).any():
+        if sweep.each(lambda e: e.diverged_at.max())[row].max() <= 1:  # before any step counted
+            raise ValueError(
+                "every chain was dead from its first step on: the loss or its gradient is not"
+                " finite right beside the anchor. Use another checkpoint, or make the loss"
+                " differentiable there (a root or a norm of 0, a division behind jnp.where)."
+            )
         raise ValueError(
             "every chain at the proposed step fraction diverged: give smaller step_fractions, or a"
             " larger localization."
@@ -148,7 +165,7 @@ def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]
 
 def _warnings(sweep: Sweep, chosen: tuple[int, int, int], found: Sensitivity) -> list[str]:
     best, cell = sweep.estimates[chosen], chosen[1:]
-    said = []
+    said = [sentence for _, sentence in unsound(best)]
     if not found.healthy[cell]:
         said.append(
             f"No setting passed all checks; the proposed one: {best.verdict}, after a burn-in of"
@@ -244,6 +261,9 @@ def extrapolate_step_size(coarse: LLCEstimate, fine: LLCEstimate) -> tuple[float
     Raises:
       ValueError: if the settings differ in more than the step size.
     """
+    for estimate in (coarse, fine):
+        if not isinstance(estimate, LLCEstimate):
+            raise ValueError(f"{shown(estimate)} is no LLCEstimate: give two of them.")
     differ = {
         name: (coarse.settings.get(name), fine.settings.get(name))
         for name in coarse.settings.keys() | fine.settings.keys()

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -511,6 +512,13 @@ def test_the_figure_shows_the_grid(with_gap):
         ({"checkpoints": {3: {"w": np.zeros(2, np.float32)}}}, "step 3 do not match"),
         ({"rng_key": 0}, "one typed key"),
         ({"sampler": SGLD}, "give an instance"),
+        ({"step_fractions": ("a",)}, "give finite numbers"),
+        ({"nbeta_factors": (1.0, math.inf)}, "give finite numbers"),
+        ({"checkpoints": 7}, "checkpoints=7"),
+        ({"checkpoints": [7]}, "checkpoints holds 7"),
+        ({"report": "print"}, "report='print'"),
+        ({"num_draws": 10**9}, "at most 1e"),
+        ({"nbeta_factors": np.arange(1, 10**6)}, "would record"),
     ],
 )
 def test_bad_input_is_refused_before_anything_compiles(change, message):
@@ -539,12 +547,139 @@ def test_an_anchor_without_curvature_is_calibrated_by_what_lies_around_it():
     assert 1.0 < found.sweep.estimates[0, 0, 0].mean < 8.0
 
 
+# --- walls that are steeper than where chains end ----------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What a pilot chain leaves, as far as `Pilot.settle` looks."""
+
+    stability: np.ndarray
+    diverged_at: np.ndarray
+    sound: Any
+
+
+class Walled(Pilot):
+    """Chains that end where Λ is near γ and die of any step beyond 4 / wall(γ)."""
+
+    def run(self, rng_key, params, nbetas, localizations, sampler, num_draws, **changes):
+        found = []
+        for gamma, step in zip(localizations, np.asarray(sampler.step_size), strict=True):
+            dead = step * self.params(gamma) > 4
+            sound = SimpleNamespace(gradient=np.full((2, 2), 1e-3))
+            ends = step * np.array([gamma, np.nan if dead else gamma])  # one of two dies
+            found.append(Seen(ends, np.array([-1, 7 if dead else -1]), sound))
+        return np.array([*found, None], object)[:-1]
+
+    def pushed(self, estimates, nbetas):
+        return np.zeros(len(estimates))
+
+
+def walled(wall, num_burnin=300):
+    return Walled(None, wall, None, BAOAB(1.0, 1.0), 0.4, num_burnin, {"num_chains": 2})
+
+
+def test_steps_that_killed_are_not_taken_again_where_chains_end_on_flat_ground():
+    # Walls need Λ = 0.1 × 5000; nothing but deaths tells. Half a decade apart, on a log scale.
+    gamma = np.array([2.0, 2.0])
+    found = walled(lambda gamma: 5000.0).settle(
+        jax.random.key(0), np.ones(2), gamma, np.array([2.0, 1e5]), gamma, to_the_end=True
+    )
+    assert found.settled.all()
+    assert (0.4 / found.stiffness * 5000 <= 4).all()
+    assert (found.stiffness[:1] < 10 * 500).all()  # of the first, that came from below
+    # A setting that can no longer relax is given up, unless asked for to the end.
+    given_up = walled(lambda gamma: 1e9).settle(
+        jax.random.key(0), np.ones(1), gamma[:1], gamma[:1], gamma[:1]
+    )
+    assert not given_up.settled[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e12, 1e-3])
+def test_a_ladder_climbs_to_a_localization_that_is_affordable_at_any_scale(scale):
+    # Walls of (w1^2 w2 ...)²: the steeper the further chains go, by a power of γ.
+    pilot = walled(lambda gamma: 5000 * scale * (scale / gamma) ** 2)
+    rungs = pilot.ladder(jax.random.key(0), 1.0, 0.0, 2)
+    assert pilot.reached(rungs)
+    gamma = pilot.affordable(rungs)
+    # 300 sqrt(ε γ) relaxation times with ε = 4 / wall: 3 at γ = 0.8 scale, and room for a decade.
+    least = scale * (9 * 5000 / (4 * 300**2)) ** (1 / 3)
+    assert least < gamma < 15 * least
+
+
+class Uneven(Walled):
+    """Chains that happen to end on flat ground under weak pulls."""
+
+    def run(self, rng_key, params, nbetas, localizations, sampler, num_draws, **changes):
+        found = super().run(rng_key, params, nbetas, localizations, sampler, num_draws, **changes)
+        steps = np.asarray(sampler.step_size)
+        for k, gamma in enumerate(localizations):
+            met = gamma + (500.0 if gamma > 10 else 1e-6)
+            found[k] = found[k]._replace(stability=np.full(2, steps[k] * met))
+        return found
+
+
+def test_no_less_curvature_is_taken_for_granted_under_a_weaker_pull():
+    pilot = Uneven(None, lambda gamma: 0.0, None, BAOAB(1.0, 1.0), 0.4, 300, {"num_chains": 2})
+    rungs = pilot.ladder(jax.random.key(0), 1.0, 0.0, 2)
+    weak = rungs.localizations < 10
+    assert weak.any()
+    np.testing.assert_allclose((rungs.stiffness - rungs.localizations)[weak], 500, rtol=1e-3)
+
+
+def crossing(a, b):
+    """(x w1^a w2^b - y)² with data of the normal crossings that other packages test with."""
+    return lambda p, batch: (batch["x"] * p["w"][0] ** a * p["w"][1] ** b - batch["y"]) ** 2
+
+
+def noise_beside(n=1000):
+    rng = np.random.default_rng(1)
+    x, y = 2 * rng.normal(size=n), 0.25 * rng.normal(size=n)
+    return {"x": x.astype(np.float32), "y": y.astype(np.float32)}
+
+
 @pytest.mark.slow
-def test_a_loss_that_is_flat_everywhere_has_nothing_to_calibrate_but_breaks_nothing():
+@pytest.mark.parametrize(
+    ("loss_fn", "size", "data", "nbeta", "exact"),
+    [
+        # λ = 1 / (2 max(a, b)).
+        (crossing(1, 2), 2, noise_beside(), None, 1 / 4),
+        (crossing(4, 1), 2, noise_beside(), None, 1 / 8),
+        # Σ 1/k of Σ |w|^k: with k = 1 there is no curvature but that of the kink.
+        (lambda p, b: b * jnp.sum(p["w"] ** 6), 3, np.ones(2, np.float32), 1e3, 3 / 6),
+        (lambda p, b: b * jnp.sum(jnp.abs(p["w"])), 3, np.ones(2, np.float32), 1e3, 3.0),
+    ],
+    ids=["(1,2)", "(4,1)", "w^6", "|w|"],
+)
+def test_settings_for_anchors_without_curvature(loss_fn, size, data, nbeta, exact):
+    """All chains finite, and the coefficient to 40 %, or less and a warning that says so."""
+    anchor = {"w": np.zeros(size, np.float32)}
+    found = calibrate(jax.random.key(0), loss_fn, anchor, data, nbeta=nbeta, num_draws=300,
+                      num_burnin=300)  # fmt: skip
+    estimate = llc_jax.estimate_llc(jax.random.key(1), loss_fn, anchor, data, **found.settings)
+    assert estimate.num_finite == 4
+    assert 0.4 * exact < estimate.mean < 1.4 * exact
+    assert any("curvature at the anchor is nothing" in text for text in found.warnings)
+    assert all(len(text) <= 600 for text in found.warnings)
+
+
+@pytest.mark.slow
+def test_a_loss_that_exists_on_one_side_only_is_calibrated_within():
+    """No step size is small enough for a step out of the domain: the pull has to be strong enough.
+
+    As in blackjax issue 973, "MCLMC divergence response has no equilibrium in the position-caused-
+    NaN regime", where the step size shrinks for ever.
+    """
+
+    def half_open(params, batch):
+        return batch * (jnp.log1p(-params["x"]) ** 2 + jnp.sum(params["y"] ** 4))
+
+    anchor = {"x": np.float32(0), "y": np.zeros(2, np.float32)}
     found = calibrate(
-        jax.random.key(0), quadratic, ORIGIN, curvatures(0 * GAP), nbeta=300.0, num_draws=50,
-        num_burnin=50,
+        jax.random.key(0), half_open, anchor, np.ones(2, np.float32), nbeta=100.0,
+        nbeta_factors=(1.0,), step_fractions=(0.4,), num_draws=200, num_burnin=200,
     )  # fmt: skip
-    assert found.sweep.estimates[found.chosen].mean == 0.0
-    assert any("would take nan steps" in warning for warning in found.warnings)
-    assert found.summary()
+    estimate = llc_jax.estimate_llc(
+        jax.random.key(1), half_open, anchor, np.ones(2, np.float32), **found.settings
+    )
+    assert estimate.num_finite == 4
+    assert estimate.mean == pytest.approx(1 / 2 + 2 / 4, rel=0.4)
