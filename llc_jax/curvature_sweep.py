@@ -102,6 +102,7 @@ def curvature_over_checkpoints(
     checks.at_least("num_iterations", num_iterations, 1)
     checks.at_least("num_probes", num_probes, 2, "one has no standard error")
     checks.at_least("probe_batch", probe_batch, 1)
+    checks.at_least("checkpoint_batch", checkpoint_batch, 1)
     pairs = checks.pairs(checkpoints)
     first = next(pairs, None)
     if first is None:

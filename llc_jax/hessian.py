@@ -12,6 +12,7 @@ from llc_jax.ambient import together, undisturbed
 from llc_jax.posterior import apply_mask, at_least_float32
 from llc_jax.sampling import num_examples, take
 from llc_jax.types import Batch, LossFn, Params, Stream
+from llc_jax.vectors import Layout
 
 
 @functools.partial(
@@ -130,15 +131,21 @@ def hvp(
         )
     if micro_batch is not None:
         checks.at_least("micro_batch", micro_batch, 1)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, data))):
+    leaves = [*arrays.flat("params", params), *arrays.flat("data", data)]
+    if not any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
         data = arrays.data_arrays(data)
-        checks.params(params, 0)
-        params, data = together((arrays.param_arrays(params, 0), data))
-    params = jax.tree.map(lambda x: at_least_float32(jnp.asarray(x)), params)
-    template = jax.eval_shape(lambda: params)
+        mask = checks.mask(mask, params)
+        checks.params(params, 0, None, mask)
+        params, data = together((arrays.param_arrays(params, 0, mask), data))
+    layout = Layout.of(params)
+    template = jax.tree.unflatten(
+        layout.structure, list(map(jax.ShapeDtypeStruct, layout.shapes, layout.dtypes))
+    )
+    mask = checks.mask(mask, template)
     n = num_examples(data)
     num_chunks = -(-n // min(micro_batch or n, n))
     chunk = -(-n // num_chunks)
     checks.losses(loss_fn, template, checks.rows(data, chunk), chunk)
+    params = jax.tree.map(lambda x: at_least_float32(jnp.asarray(x)), params)
     data = jax.tree.map(jnp.asarray, data)
-    return HessianProduct(loss_fn, params, data, checks.mask(mask, template), num_chunks)
+    return HessianProduct(loss_fn, params, data, mask, num_chunks)

@@ -48,14 +48,15 @@ def number(value: Any) -> int | float | None:
     return value if isinstance(value, int | float) else None
 
 
-def at_least(name: str, value: int, minimum: int, remedy: str = "") -> None:
-    """Checks an integer against its minimum."""
+def at_least(name: str, value: int, minimum: int, remedy: str = "") -> int:
+    """Returns an integer as one of Python, checked against its minimum."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < minimum:
         reason = f" ({remedy})" if remedy else ""
         raise ValueError(f"{name}={shown(value)}: give an integer of at least {minimum}{reason}.")
     if value > MAX_COUNT:
         raise ValueError(f"{name}={shown(value)}: give an integer of at most 2**31 - 1.")
+    return int(value)
 
 
 def step(value: Any, name: str = "step", limit: int = 2**32 - 1) -> int:
