@@ -13,11 +13,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from llc_jax.points import Points
+from llc_jax.scalars import at_least, number, shown
 from llc_jax.smoothing import CurvePosterior, Kernel, fit_curve
 
 # Nats a smooth curve must gain over a constant. The gain has three fitted numbers against one;
 # on pure noise it exceeds 3 about once in a hundred curves.
 _MIN_EVIDENCE = 3.0
+# Of slopes at up to 400 steps each: 320 MB.
+_MOST_SAMPLES = 100_000
 
 
 class Stage(NamedTuple):
@@ -91,7 +95,8 @@ def find_stages(
     Args:
       steps: training steps, whole numbers from 0, distinct, in any order, shape [N].
       values: the curve at these steps, shape [N]; points that are not finite are left out.
-      stderr: standard errors of the values, shape [N], or None if unknown.
+      stderr: standard errors of the values, shape [N], or None if unknown. A point with an error
+        far beyond the spread of the values is left out (see `smoothing.fit_curve`).
       kernel: "fitted" or "published" (see `smoothing.fit_curve`). The latter knows no noise, so
         every wiggle of the curve is a movement, and all is certain.
       confidence: of the band that tells movement from noise, of every boundary, and of a
@@ -102,16 +107,21 @@ def find_stages(
 
     Returns:
       At least one stage, in order.
+
+    Warns:
+      UserWarning: a point decides the curve by itself (see `smoothing.fit_curve`).
     """
     _check_fraction("confidence", confidence)
     _check_fraction("dip", dip)
+    _check_samples(num_samples, seed)
     posterior, grid = fit_curve(steps, values, stderr, kernel=kernel)
     mean, margin, samples = _slope_band(posterior, grid, confidence, num_samples, seed)
     boundaries = []
     if not posterior.evidence < _MIN_EVIDENCE:
         peaks = _significant_peaks(mean, margin)
-        points = _points(steps, values)
-        boundaries = _probable_boundaries(mean, samples, peaks, confidence, dip, grid, points)
+        boundaries = _probable_boundaries(
+            mean, samples, peaks, confidence, dip, grid, posterior.points
+        )
     return _stages(posterior, grid, boundaries, confidence)
 
 
@@ -145,8 +155,9 @@ def find_plateaus(
       movement that could say by default what flat means.
     """
     _check_fraction("confidence", confidence)
-    if max_slope is not None and not max_slope > 0:
-        raise ValueError(f"max_slope must be > 0, got {max_slope}: or leave it out.")
+    if max_slope is not None and not (number(max_slope) or 0) > 0:
+        raise ValueError(f"max_slope must be > 0, got {shown(max_slope)}: or leave it out.")
+    _check_samples(num_samples, seed)
     posterior, grid = fit_curve(steps, values, stderr, kernel=kernel)
     mean, margin, _ = _slope_band(posterior, grid, confidence, num_samples, seed)
     if max_slope is None:
@@ -161,8 +172,19 @@ def find_plateaus(
 
 
 def _check_fraction(name: str, value: float) -> None:
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value}.")
+    found = number(value)
+    if found is None or not 0.0 < found < 1.0:
+        raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {shown(value)}.")
+
+
+def _check_samples(num_samples: int, seed: int) -> None:
+    count = number(num_samples)
+    if not isinstance(count, int) or not 1 <= count <= _MOST_SAMPLES:
+        raise ValueError(
+            f"num_samples must lie between 1 and {_MOST_SAMPLES:,}, got {shown(num_samples)}: "
+            "2,000 tell 0.95 from 0.94."
+        )
+    at_least("seed", seed, 0)
 
 
 def _slope_band(
@@ -190,17 +212,9 @@ def _significant_peaks(mean: np.ndarray, margin: np.ndarray) -> np.ndarray:
     return np.flatnonzero((height > padded[:-2]) & (height >= padded[2:]))
 
 
-def _points(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps [N] and values [N] of the points that count, in order of steps."""
-    steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
-    order = np.argsort(steps)
-    order = order[np.isfinite(values[order])]
-    return steps[order], values[order]
-
-
 def _probable_boundaries(
     mean: np.ndarray, samples: np.ndarray, peaks: np.ndarray, confidence: float, dip: float,
-    grid: np.ndarray, points: tuple[np.ndarray, np.ndarray],
+    grid: np.ndarray, points: Points,
 ) -> list[_Boundary]:  # fmt: skip
     """Merges neighbouring movements until all are seen and every boundary between is probable."""
     movements = peaks.tolist()
@@ -214,7 +228,7 @@ def _probable_boundaries(
         cuts = grid[[0, *(boundary.index for boundary in found), -1]]
         unseen = [
             index for index, start, end in zip(movements, cuts[:-1], cuts[1:], strict=True)
-            if not _seen(*points, start, end, np.sign(mean[index]))
+            if not _seen(points.steps, points.values, start, end, np.sign(mean[index]))
         ]  # fmt: skip
         if not unseen:
             return found

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -161,7 +162,9 @@ def test_dead_checkpoints_are_as_if_absent():
     dead[[0, 7, 20]] = True
     lived = find_stages(steps[~dead], values[~dead], stderr[~dead])
     stderr[7], values[dead] = np.nan, [np.nan, np.inf, -np.inf]
-    np.testing.assert_equal(find_stages(steps, values, stderr), lived)
+    found = find_stages(steps, values, stderr)
+    assert (_kinds(found), _ends(found)) == (_kinds(lived), _ends(lived))
+    np.testing.assert_allclose([s.delta for s in found], [s.delta for s in lived], rtol=1e-6)
 
 
 def _false_positives(num_points, seeds, known_errors, shape=np.zeros_like, height=0.0):
@@ -337,3 +340,116 @@ def test_a_movement_is_seen_in_its_stage_and_next_to_it(sign):
     assert not stages._seen(steps, values, 21.0, 29.0, -sign)
     assert not stages._seen(steps, values, 0.0, 9.0, -sign)
     assert stages._seen(steps, values, 0.0, 30.0, -sign)
+
+
+def test_a_logged_loss_takes_seconds():
+    """50,000 points, as in GPy issue 203, "Using GPy with Big Data, MemoryError": the covariance
+    of all pairs would be 20 GB."""
+    steps = np.arange(50_000)
+    x = np.log1p(steps) / np.log1p(steps[-1])
+    values = _rise(x, 0.4) + _rise(x, 0.8) + 0.1 * np.random.default_rng(0).standard_normal(x.size)
+    found = find_stages(steps, values)
+    assert _kinds(found) == ["rise", "rise"]
+    assert np.log1p(found[0].end) / np.log1p(steps[-1]) == pytest.approx(0.6, abs=0.03)
+
+
+def test_levels_of_a_long_signal_are_told_apart():
+    """As in ruptures issue 365: 15,000 points on levels, with noise and spikes, and a search that
+    did not end. Jumps make a smooth curve ring, so the three largest movements count."""
+    rng = np.random.default_rng(7)
+    jumps, levels = [1000, 3000, 7000], [2000, 3200, 1700, 2600]
+    values = np.repeat(levels, np.diff([0, *jumps, 15_000])) + 350 * rng.standard_normal(15_000)
+    values[rng.choice(15_000, 70, replace=False)] += rng.gamma(3.0, 1200.0, 70)
+    found = find_stages(np.arange(15_000), values)
+    largest = sorted(sorted(found, key=lambda stage: -abs(stage.delta))[:3])
+    assert _kinds(largest) == ["rise", "fall", "rise"]
+    for stage, jump in zip(largest, jumps, strict=True):
+        assert stage.start < jump < stage.end
+
+
+@pytest.mark.parametrize("num_samples", [0, 10**9])
+@pytest.mark.parametrize("find", [find_stages, find_plateaus])
+def test_number_of_samples_is_checked(find, num_samples):
+    with pytest.raises(ValueError, match=f"between 1 and 100,000, got {num_samples}"):
+        find(range(5), range(5), num_samples=num_samples)
+
+
+def _two_rises(num=24):
+    """A curve with two rises of 100 standard errors each, as `_noisy` gives it."""
+    return _noisy(lambda x: _rise(x, 0.25) + _rise(x, 0.8), num, 100.0, seed=0)
+
+
+@pytest.mark.parametrize("place", [0, 12, -1])
+def test_a_point_without_information_changes_no_stage(place):
+    steps, values, stderr = _two_rises()
+    without = find_stages(*(np.delete(column, place) for column in (steps, values, stderr)))
+    assert _kinds(without) == ["rise", "rise"]
+    for size in (1e4, 1e6, 1e30, 1e300):
+        values[place], stderr[place] = size, size
+        found = find_stages(steps, values, stderr)
+        assert (_kinds(found), _ends(found)) == (_kinds(without), _ends(without))
+
+
+@pytest.mark.parametrize("size", [10.0, 100.0])
+def test_a_point_with_little_information_changes_little(size):
+    steps, values, stderr = _two_rises()
+    without = find_stages(*(np.delete(column, 12) for column in (steps, values, stderr)))
+    values[12], stderr[12] = values[12] + size, size
+    found = find_stages(steps, values, stderr)
+    assert _kinds(found) == _kinds(without)
+    assert np.log1p(found[0].end) == pytest.approx(np.log1p(without[0].end), abs=0.2)
+
+
+@pytest.mark.parametrize("error", [1.0, 0.0, np.nan, None])
+@pytest.mark.parametrize("place", [0, 12, -1])
+def test_a_point_that_decides_the_stages_is_named(place, error):
+    """As in statsmodels issue 7700, "spikes in lowess": single points become peaks, silently."""
+    steps, values, stderr = _two_rises()
+    for size in (2e3, -1e6, 1e30):
+        values[place] = size
+        stderr[place] = 1.0 if error is None else error
+        with pytest.warns(
+            UserWarning, match=re.escape(f"{size:.4g}") + f".* at step {steps[place]};"
+        ):
+            find_stages(steps, values, None if error is None else stderr)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-9])
+def test_an_error_far_too_small_moves_no_boundary(error):
+    """As in qiskit-experiments pull request 1224, where points with too small an error took over
+    the fit, and veusz issue 213, where one with none made it impossible."""
+    steps, values, stderr = _two_rises()
+    honest = find_stages(steps, values, stderr)
+    stderr[[3, 12]] = error
+    found = find_stages(steps, values, stderr)
+    assert _kinds(found) == _kinds(honest)
+    assert np.log1p(found[0].end) == pytest.approx(np.log1p(honest[0].end), abs=0.3)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_boundaries_do_not_depend_on_extreme_units(factor):
+    steps, values, stderr = _two_rises()
+    assert _ends(find_stages(steps, factor * values, factor * stderr)) == _ends(
+        find_stages(steps, values, stderr)
+    )
+
+
+def test_recorded_curves_are_taken_as_they_are():
+    """No warning, and no point left out, on any curve of λ̂ in experiments/results."""
+    paths = sorted((_SPARSE.parents[1]).rglob("*.csv"))
+    curves = [path for path in paths if path.name == "results.csv" or path.stem.startswith("llc")]
+    count = 0
+    for path in curves:
+        with path.open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not {"step", "llc", "stderr"} <= rows[0].keys():
+            continue
+        steps, values, stderr = (
+            np.array([float(row[name] or "nan") for row in rows])
+            for name in ("step", "llc", "stderr")
+        )
+        for known in (stderr, None):
+            posterior, _ = fit_curve(steps, values, known, kernel="fitted")
+            assert posterior.points.steps.size == np.isfinite(values).sum()
+        count += 1
+    assert count >= 9
