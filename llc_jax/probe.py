@@ -59,6 +59,7 @@ def look_at(
     blank = jnp.zeros_like(here.gaps.loss)
     measured = hasattr(sampler, "log_acceptance")  # as against a test that the sampler makes
     ratio = blank if measured else getattr(new_state, "log_acceptance", None)
+    ratio = ratio if ratio is None else ratio.astype(blank.dtype)
     nothing = Probe(ratio, blank, blank, blank, blank)
     if probing is None:
         return nothing

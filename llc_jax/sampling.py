@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +16,7 @@ from llc_jax.posterior import apply_mask, displacement, evaluate, losses_of
 from llc_jax.probe import Probe, look_at
 from llc_jax.stability import Tridiagonal, stability_matrix
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
+from llc_jax.vectors import norm
 
 
 class Plan(NamedTuple):
@@ -104,7 +104,7 @@ def minibatch(rng_key: jax.Array, data: Batch | Stream, batch_size: int) -> tupl
     n = num_examples(data)
     if batch_size == n:
         return data, slice(None)
-    rows = jax.random.randint(rng_key, (batch_size,), 0, n)
+    rows = jax.random.randint(rng_key, (batch_size,), 0, n, dtype=jnp.int32)
     return take(data, rows), rows
 
 
@@ -167,7 +167,7 @@ def sample_chain(
         batch_key, noise_key = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(rng_key))
         batch, anchor_loss, posterior = posterior_on(batch_key)
         new_state, here = sampler.step(noise_key, state, posterior, mask)
-        distance = optax.tree.norm(apply_mask(mask, displacement(state.params, anchor)))
+        distance = norm(apply_mask(mask, displacement(state.params, anchor)))
         probe = look_at(
             sampler, state, new_state, here, posterior, anchor, mask, probing if probes else None
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters import partial_eval
+from jax.sharding import AxisType
 
 from llc_jax import arrays
 
@@ -61,6 +62,11 @@ def trace(name: str, function: Callable[..., Any], *shapes: Any) -> Traced:
             f"{name} closes over an array that is being traced, or was once: compiled programs keep"
             " the function, not what it sees. Pass the array in params or data, and call from"
             " outside of jax.jit, vmap, grad or a scan."
+        )
+    if any(_explicit(x) for x in closed.consts):
+        raise ValueError(
+            f"{name} closes over an array on a mesh with Explicit axes, which programs on other"
+            " meshes cannot take: give them jax.device_get(x) of it, or pass it in params or data."
         )
     with _afresh():
         again, _ = _jaxpr(name, function, shapes)
@@ -138,6 +144,11 @@ def _jaxpr(name: str, function: Callable[..., Any], shapes: Any) -> tuple[Closed
             f" {arrays.short(found, 160)}. It must accept traced arrays of these shapes, whatever"
             " their values."
         ) from error
+
+
+def _explicit(x: Any) -> bool:
+    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
 
 
 def _unjitted(function: Callable[..., Any]) -> Callable[..., Any]:

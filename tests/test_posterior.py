@@ -227,3 +227,21 @@ def test_noise_has_the_dtype_of_each_leaf(dtype):
     assert described == jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     all_half = standard_normal_like(jax.random.key(0), {"half": tree["half"]})
     assert all_half["half"].dtype == dtype
+
+
+def test_gaps_keep_the_digits_of_single_examples_beside_a_large_constant():
+    # Near 2^15 neighbours in float32 are 2^-8 apart: these losses are exact, their mean is not.
+    unit, constant = np.float32(2.0**-8), np.float32(2.0**15)
+    anchor_losses = jnp.full(3, constant)
+
+    def shifted(params, batch):
+        return anchor_losses + unit * batch * params["w"]
+
+    batch, params = jnp.asarray([1.0, 0.0, 0.0]), {"w": jnp.float32(1)}
+    loss, _, gaps = loss_and_grad(shifted, params, batch, anchor_losses=anchor_losses)
+    assert gaps.loss == unit / np.float32(3)
+    assert float(loss) - float(constant) in (0.0, float(unit))
+    parts = lambda p, b: jnp.stack([shifted(p, b), -shifted(p, b)], axis=1)  # noqa: E731
+    at_anchor = jnp.stack([anchor_losses, -anchor_losses], axis=1)
+    *_, gaps = loss_and_grad(shifted, params, batch, 1, parts, anchor_losses, at_anchor)
+    np.testing.assert_array_equal(gaps.parts, gaps.loss * np.array([1, -1], np.float32))
