@@ -68,7 +68,7 @@ def look_at(
         start = state.params
         way = displacement(anchor, start)
         points = [
-            jax.tree.map(lambda w, x, s=share: (w + s * x).astype(w.dtype), start, way)
+            jax.tree.map(lambda w, x, s=share: _moved(w, s * x), start, way)
             for share in (SHARE / 2, SHARE)
         ]
         points += [new_state.params] if measured else []
@@ -89,6 +89,10 @@ def look_at(
         return jax.tree.map(lambda x: x.astype(blank.dtype), seen)
 
     return jax.lax.cond(probing, look, lambda: nothing)
+
+
+def _moved(w: jax.Array, move: jax.Array) -> jax.Array:
+    return (at_least_float32(w) + move).astype(w.dtype)
 
 
 def _trapezoid(start: Params, here: Evaluation, end: Params, there: Evaluation) -> jax.Array:

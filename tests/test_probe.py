@@ -115,7 +115,8 @@ def test_rounding_of_the_weights_heats_by_its_variance(size, dtype, spacing):
             estimate(size, dtype, SGLD(STEP))
         return
     found = estimate(size, dtype, SGLD(STEP))
-    np.testing.assert_allclose(found.sound.heating, heating, rtol=0.1)
+    # The median over single steps, of three weights each, is above the ratio of the means.
+    assert heating * 0.9 < found.sound.heating < 2 * heating
     assert_within_4_stderr(found.mean, exact(heating), found.stderr)
     told = "rounding of the weights" in [label for label, _ in found.findings]
     assert told == (heating * found.mean > found.stderr)
