@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from llc_jax import checks
+from llc_jax.ambient import undisturbed
 from llc_jax.grid import REHEARSAL, Grid
 from llc_jax.incurable import refuse_incurable
 from llc_jax.lanes import default_nbeta_of
@@ -26,6 +27,7 @@ from llc_jax.walls import any_dead
 MOST_RECORDED = 10**8  # draws of all settings: 3 GB of traces
 
 
+@undisturbed()
 def calibrate(
     rng_key: jax.Array,
     loss_fn: LossFn,
@@ -128,6 +130,12 @@ def calibrate(
             f"sampler={checks.shown(sampler)}: calibrate looks for its step_size, which it does not"
             " have; name that hyperparameter step_size, or choose the settings by hand."
         )
+    # The checks of an estimate, of which nothing is run.
+    estimate_llc_over_checkpoints(
+        rng_key, loss_fn, [(options.get("step", 0), params)], data,
+        sampler=fitted(sampler, 1.0, 1.0), nbeta=nbeta, localization=0.0, num_chains=num_chains,
+        **_without(options, "setting_batch", "step"),
+    )  # fmt: skip
     pilot_key, sweep_key, elsewhere_key = jax.random.split(rng_key, 3)
     rehearsal_key = jax.random.fold_in(elsewhere_key, 0)
     chains = {"num_chains": num_chains, **options}

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from llc_jax import arrays, parallel, scalars
+from llc_jax import arrays, scalars
 from llc_jax.arrays import data_length
 from llc_jax.scalars import TRACED
 from llc_jax.traced import differentiable, lossless_constants, trace
@@ -38,16 +37,6 @@ def typed_key(rng_key: jax.Array) -> None:
             " jax.random.key(seed), not PRNGKey(seed) or an array of keys."
         )
     arrays.array("rng_key", rng_key)  # not deleted
-
-
-def mesh(found: Any) -> None:
-    """Checks for a mesh of checkpoints and chains."""
-    axes = getattr(found, "axis_names", ())
-    if not isinstance(found, Mesh) or set(axes) != {parallel.CHECKPOINT, parallel.CHAIN}:
-        raise ValueError(
-            f"mesh={shown(found)}: give one of the axes 'checkpoint' and 'chain', as"
-            " llc_jax.parallel.make_mesh(checkpoint_batch, num_chains) makes it, or None."
-        )
 
 
 def pairs(checkpoints: Any) -> Iterator[tuple[Any, Params]]:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llc_jax import checks
+from llc_jax.ambient import undisturbed
 from llc_jax.estimate import LLCEstimate
 from llc_jax.lanes import default_nbeta_of, estimate_lanes
 from llc_jax.program import Lane
@@ -127,8 +128,6 @@ def estimate_llc_over_checkpoints(
     Raises:
       ValueError: on bad input, before anything compiles.
     """
-    if mesh is not None:
-        checks.mesh(mesh)
     pairs = checks.pairs(checkpoints)
     lanes = (Lane(step, params, sampler, nbeta, localization) for step, params in pairs)
     estimates = estimate_lanes(
@@ -140,6 +139,7 @@ def estimate_llc_over_checkpoints(
     return ((lane.step, estimate) for lane, estimate in estimates)
 
 
+@undisturbed()
 def estimate_llc_over_settings(
     rng_key: jax.Array,
     loss_fn: LossFn,

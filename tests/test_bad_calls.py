@@ -189,7 +189,9 @@ CALLS = {
          "parts_fn": parts, "collect": collected, "mesh": None, "checkpoint_batch": 1},
     ),
     "over checkpoints": (listed(llc_jax.estimate_llc_over_checkpoints), OVER),
-    "over settings": (llc_jax.estimate_llc_over_settings, {**SAMPLED, "setting_batch": None}),
+    "over settings": (
+        llc_jax.estimate_llc_over_settings, {**SAMPLED, "setting_batch": None, "mesh": None},
+    ),
     "curvature": (
         listed(llc_jax.curvature_over_checkpoints),
         {**{k: v for k, v in RUN.items() if k != "params"}, "checkpoints": {1: W}, "nbeta": 10.0,
