@@ -63,7 +63,7 @@ def trace(name: str, function: Callable[..., Any], *shapes: Any) -> Traced:
             " the function, not what it sees. Pass the array in params or data, and call from"
             " outside of jax.jit, vmap, grad or a scan."
         )
-    if any(_explicit(x) for x in closed.consts):
+    if any(_explicit(x) for x in _constants(closed)):
         raise ValueError(
             f"{name} closes over an array on a mesh with Explicit axes, which programs on other"
             " meshes cannot take: give them jax.device_get(x) of it, or pass it in params or data."
