@@ -512,7 +512,7 @@ def test_the_figure_shows_the_grid(with_gap):
         ({"checkpoints": {3: {"w": np.zeros(2, np.float32)}}}, "step 3 do not match"),
         ({"rng_key": 0}, "one typed key"),
         ({"sampler": SGLD}, "give an instance"),
-        ({"step_fractions": ("a",)}, "give finite numbers"),
+        ({"step_fractions": ("a",)}, "give a number or an array"),
         ({"nbeta_factors": (1.0, math.inf)}, "give finite numbers"),
         ({"checkpoints": 7}, "checkpoints=7"),
         ({"checkpoints": [7]}, "checkpoints holds 7"),
