@@ -92,6 +92,7 @@ def test_points_at_the_ends_and_several_are_found_but_movements_are_not():
     assert np.flatnonzero(apart(_points(lone), 3.0)).tolist() == [0, 7, 8, 29]
     values[-3:] = [20, 40, 60]  # a rise at the end: of three points, of which the last is highest
     assert not apart(_points(values), 3.0)[:-1].any()
+    assert not apart(_points(values[::-1]), 3.0)[1:].any()
     values = np.tile([0.0, 1.0], 15)
     values[10:13] = [20, 50, 30]  # a peak of three points
     assert not apart(_points(values), 3.0).any()
@@ -114,6 +115,12 @@ def test_few_points_are_not_averaged():
     means, scatter = averaged(points, 20)
     assert means is points
     assert scatter.freedom.sum() == 0
+
+
+@pytest.mark.parametrize("most", [50, 64, 90])
+def test_bins_are_as_many_as_allowed(most):
+    means, _ = averaged(_points(np.zeros(5000), steps=10**9 + np.arange(5000)), most)
+    assert 0.78 * most <= means.steps.size <= most
 
 
 def test_means_are_means_and_lone_points_stay():

@@ -150,6 +150,17 @@ def test_evidence_separates_signal_from_noise():
     assert -1e-3 < smooth_curve(steps, noise).evidence < 3
 
 
+def test_observations_have_the_fitted_noise_beyond_their_errors():
+    steps, values, stderr = _bump(noise=2.0)
+    posterior, _ = fit_curve(steps, values, stderr / 4, kernel="fitted")
+    assert posterior.noise > 1.0
+    np.testing.assert_allclose(
+        np.diag(posterior.factor @ posterior.factor.T),
+        posterior.amplitude**2 + stderr**2 / 16 + posterior.noise**2,
+        rtol=1e-9,
+    )
+
+
 def test_pointwise_deviations_are_the_diagonal_of_the_joint_covariance():
     """Also where the grid is taken in pieces, one of them short."""
     steps, values, stderr = _bump()
