@@ -30,6 +30,7 @@ def flat(root: str, tree: Any) -> list[tuple[str, Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an iterator as a leaf, which is refused as such
             leaves = jax.tree_util.tree_leaves_with_path(tree)
+            static = list(_static(jax.tree.structure(tree)))
         found = [(f"{root}{short(jax.tree_util.keystr(path))}", leaf) for path, leaf in leaves]
     except Exception as error:
         raise ValueError(
@@ -40,7 +41,22 @@ def flat(root: str, tree: Any) -> list[tuple[str, Any]]:
     for name, leaf in found:
         if isinstance(leaf, Iterator):
             array(name, leaf)  # refuses it
+    if any(isinstance(x, np.ndarray | jax.Array) for x in jax.tree.leaves(static)):
+        raise ValueError(
+            f"{root} has an array in a static field, by which JAX cannot compare two of them: make"
+            " it a leaf (a data field), or a tuple of numbers."
+        )
     return found
+
+
+def _static(structure: Any) -> Iterator[Any]:
+    """What the nodes of a structure hold beside their leaves."""
+    stack = [structure]
+    while stack:
+        node = stack.pop()
+        if (data := node.node_data()) is not None:
+            yield data[1]
+        stack += node.children()
 
 
 def data_arrays(data: Batch) -> Batch:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llc_jax import arrays, scalars
+from llc_jax import arrays, closures, scalars
 from llc_jax.arrays import data_length
 from llc_jax.scalars import TRACED
-from llc_jax.traced import differentiable, lossless_constants, trace
+from llc_jax.traced import differentiable, trace
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Stream
 
 # Numbers are checked under this name, too.
@@ -67,7 +67,7 @@ def batch_size(size: int | None, n: int | None, grad_accum: int) -> int:
     """Returns the batch size, all of the data by default."""
     if size is None:
         size = n
-    at_least("batch_size", size, 1)
+    size = at_least("batch_size", size, 1)
     if n is not None and size > n:
         raise ValueError(
             f"batch_size={size} is larger than the data set (n={n}): give at most n, or None for"
@@ -91,7 +91,7 @@ def stream_batch(stream: Stream, rng_key: jax.Array) -> tuple[Batch, int]:
             " every minibatch of every chain. Draw rows by the key (jax.random.randint), or give"
             " the data themselves instead of a Stream."
         )
-    lossless_constants("batch_fn", stream.batch_fn, key)
+    closures.lossless("batch_fn", stream.batch_fn, traced.constants)
     return traced.out, data_length(traced.out)
 
 
@@ -265,7 +265,7 @@ def losses(
             " losses from params."
         )
     differentiable("loss_fn", loss_fn, template, batch)
-    lossless_constants("loss_fn", loss_fn, template, batch)
+    closures.lossless("loss_fn", loss_fn, traced.constants)
     return dtype
 
 

@@ -123,15 +123,15 @@ def prepare(
       ValueError: on bad input.
     """
     checks.typed_key(rng_key)
-    checks.at_least("num_chains", num_chains, 1)
-    checks.at_least("num_draws", num_draws, 1, "burn-in alone estimates nothing")
-    checks.at_least("num_burnin", num_burnin, 0)
-    checks.at_least("thinning", thinning, 1)
-    checks.at_least("grad_accum", grad_accum, 1)
-    checks.at_least("checkpoint_batch", lane_batch, 1)
-    checks.at_least("num_probes", num_probes, 0)
+    num_chains = checks.at_least("num_chains", num_chains, 1)
+    num_draws = checks.at_least("num_draws", num_draws, 1, "burn-in alone estimates nothing")
+    num_burnin = checks.at_least("num_burnin", num_burnin, 0)
+    thinning = checks.at_least("thinning", thinning, 1)
+    grad_accum = checks.at_least("grad_accum", grad_accum, 1)
+    lane_batch = checks.at_least("checkpoint_batch", lane_batch, 1)
+    num_probes = checks.at_least("num_probes", num_probes, 0)
     if chain_batch is not None:
-        checks.at_least("chain_batch", chain_batch, 1)
+        chain_batch = checks.at_least("chain_batch", chain_batch, 1)
     stream = data if isinstance(data, Stream) else None
     n = None if stream else checks.data_length(data)
     if stream:

@@ -26,12 +26,12 @@ class Traced(NamedTuple):
     Attributes:
       out: shapes of what it returns.
       uses: for each argument, a pytree of booleans: whether the result depends on the leaf.
-      num_bytes: of the arrays that it closes over.
+      constants: the arrays that it closes over, as JAX has cast them.
     """
 
     out: Any
     uses: tuple[Any, ...]
-    num_bytes: int
+    constants: list[Any]
 
 
 def trace(name: str, function: Callable[..., Any], *shapes: Any) -> Traced:
@@ -79,9 +79,9 @@ def trace(name: str, function: Callable[..., Any], *shapes: Any) -> Traced:
         )
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     uses = jax.tree.unflatten(jax.tree.structure(shapes), used)
-    num_bytes = sum(getattr(x, "nbytes", 0) for x in _arrays(closed))
-    _say_if_new_each_time(name, function, num_bytes)
-    return Traced(out, uses, num_bytes)
+    constants = _arrays(closed)
+    _say_if_new_each_time(name, function, sum(getattr(x, "nbytes", 0) for x in constants))
+    return Traced(out, uses, constants)
 
 
 def differentiable(name: str, function: Callable[..., Any], params: Any, batch: Any) -> None:
@@ -100,26 +100,6 @@ def differentiable(name: str, function: Callable[..., Any], params: Any, batch: 
             f"{name} has no gradient ({type(error).__name__}: {reason}): it must be differentiable"
             " in params by jax.grad; a callback or a kernel needs jax.custom_vjp."
         ) from error
-
-
-def lossless_constants(name: str, function: Callable[..., Any], *shapes: Any) -> None:
-    """Checks that the 64-bit arrays a function closes over fit into 32 bits.
-
-    Very negative numbers are let through: a mask of -1e300 does what one of -inf does.
-
-    Raises:
-      ValueError: as in `arrays.without_loss`.
-    """
-    if jax.config.jax_enable_x64:
-        return
-    wide = []
-    # What is not written for 64 bits may fail there, which says nothing.
-    with contextlib.suppress(Exception), jax.enable_x64(True):
-        wide = [np.asarray(x) for x in _arrays(jax.make_jaxpr(_unjitted(function))(*shapes))]
-    for x in wide:
-        if x.dtype == np.float64:
-            x = np.maximum(x, np.finfo(np.float32).min)
-        arrays.without_loss(f"an array of shape {x.shape} that {name} closes over", x)
 
 
 def _jaxpr(name: str, function: Callable[..., Any], shapes: Any) -> tuple[ClosedJaxpr, Any]:

@@ -310,7 +310,7 @@ def test_compilations_and_errors_of_others_are_seen():
 
 DISGUISED = {
     # id: a change to the call that is the same call
-    "numpy integers": {"num_draws": np.int64(3), "num_chains": np.int64(2), "step": np.int32(0)},
+    "numpy integers": {"num_draws": np.int64(3), "num_chains": np.uint8(2), "step": np.int32(0)},
     "jax scalars": {"step": jnp.uint32(0), "nbeta": jnp.float32(10), "localization": jnp.int32(1)},
     "half a number": {"nbeta": jnp.bfloat16(10), "localization": np.float16(1)},
     "arrays of no axes": {"nbeta": np.array(10), "localization": np.array(1.0)},

@@ -15,8 +15,8 @@ LIBRARY = {
     "estimate", "calibration", "curvature", "curvature_sweep", "hessian", "krylov", "lanczos",
     "mapping", "pilot", "proposal", "spectrum", "vectors", "checks", "parallel", "stages",
     "smoothing", "lanes", "vectorize", "anchors", "arrays", "program", "scalars", "soundness",
-    "ambient", "tie", "traced", "probe", "weights", "gaussian_process", "points", "grid",
-    "incurable", "walls",
+    "ambient", "closures", "tie", "traced", "probe", "weights", "gaussian_process", "points",
+    "grid", "incurable", "walls",
 }  # fmt: skip
 # Third parties of the reproduction half, none of which `import llc_jax` may load or need.
 HEAVY = {"flax", "orbax", "matplotlib", "xarray", "pandas", "arviz", "tqdm", "ml_collections"}
