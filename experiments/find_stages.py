@@ -46,7 +46,10 @@ def paper() -> Config:
 
 PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
 _LIBRARY = pathlib.Path(__file__).parents[1] / "llc_jax"
-SOURCES = (_LIBRARY / "stages.py", _LIBRARY / "smoothing.py")  # what the boundaries follow from
+# What the boundaries follow from.
+SOURCES = tuple(
+    _LIBRARY / f"{name}.py" for name in ("stages", "smoothing", "points", "gaussian_process")
+)
 
 
 def run(config: Config, phase: str = "stages") -> None:

@@ -204,7 +204,13 @@ def sample_chain(
         # A custom rule, a callback or a kernel may have no second derivative: sampling needs none.
         with contextlib.suppress(TypeError, ValueError, NotImplementedError, AssertionError):
             _, _, posterior = posterior_on(batch_key)
-            stability = stability_matrix(start_key, sampler, state, posterior, mask)
+
+            def matrix(key):
+                return stability_matrix(key, sampler, state, posterior, mask)
+
+            # Where one chain runs alone, nothing but a trial under `vmap` finds it while tracing.
+            jax.eval_shape(jax.vmap(matrix), start_key[None])
+            stability = matrix(start_key)
     return Trace(losses, references, gaps, distance, probe, stability, parts, extra)
 
 

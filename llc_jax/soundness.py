@@ -217,7 +217,7 @@ def _of_the_loss(sound: Soundness, mean: float, stderr: float) -> list[tuple[str
             f" {stderr:.2g}. Leave constants out of the loss, or compute and return it in a wider"
             " dtype.",
         ))  # fmt: skip
-    elif _disagrees(seen, mean, stderr, nbeta):
+    elif _disagrees(seen, anchor.unit, mean, stderr, nbeta):
         found.append((
             "gradient is not that of the loss",
             f"Along {seen.num_moves} moves towards the anchor the loss changed by {seen.slope:.2f}"
@@ -247,14 +247,16 @@ def _of_the_loss(sound: Soundness, mean: float, stderr: float) -> list[tuple[str
     return found
 
 
-def _disagrees(seen: Agreement, mean: float, stderr: float, nbeta: float) -> bool:
+def _disagrees(seen: Agreement, unit: float, mean: float, stderr: float, nbeta: float) -> bool:
     """Whether the gradients leave more of the loss unexplained than the estimate bears."""
     if seen.num_moves < MIN_MOVES or not seen.predicted > 0:
         return False
     off, share = abs(seen.slope - 1), seen.residual / seen.predicted
     tilted = off > MAX_TILT or off * abs(mean) > MAX_OFF * stderr
     rough = share > MAX_TILT and nbeta * seen.residual > MAX_OFF * stderr
-    return (tilted and off > 3 * seen.slope_stderr) or rough or share > MAX_UNEXPLAINED
+    # Where steps are so short that moves change the loss by less than its last digit, that is all.
+    blind = share > MAX_UNEXPLAINED and seen.residual > unit
+    return (tilted and off > 3 * seen.slope_stderr) or rough or blind
 
 
 def _of_the_weights(sound: Soundness, mean: float, stderr: float) -> list[tuple[str, str]]:

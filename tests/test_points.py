@@ -90,7 +90,7 @@ def test_points_at_the_ends_and_several_are_found_but_movements_are_not():
     lone = values.copy()
     lone[[0, 7, 8, 29]] = [50, -1e6, 1e4, 1e3]
     assert np.flatnonzero(apart(_points(lone), 3.0)).tolist() == [0, 7, 8, 29]
-    values[-3:] = [20, 40, 60]  # a rise at the end: of three points, of which the last is highest
+    values[-5:] = 20 * 10.0 ** np.arange(5)  # an ever steeper rise: at most its last point
     assert not apart(_points(values), 3.0)[:-1].any()
     assert not apart(_points(values[::-1]), 3.0)[1:].any()
     values = np.tile([0.0, 1.0], 15)

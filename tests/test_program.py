@@ -126,3 +126,26 @@ def test_what_is_finished_comes_out_before_the_error_of_the_next():
             for step, _ in estimates:
                 got.append(step)
         assert got == [0, 1]
+
+
+@jax.custom_vjp
+def doubled(x):
+    return 2 * x
+
+
+# The forward rule calls the function itself, which has no derivative forwards.
+doubled.defvjp(lambda x: (doubled(x), None), lambda _, g: (2 * g,))
+
+
+@pytest.mark.parametrize("num_chains", [1, 4, 5])
+@pytest.mark.parametrize("rule", [doubled, jax.jit(doubled)], ids=["plain", "jitted"])
+def test_a_loss_without_second_derivatives_is_sampled_however_many_chains_share_a_device(
+    rule, num_chains
+):
+    def loss(params, batch):
+        return rule(batch["x"] @ params["w"]) ** 2
+
+    estimate = run(loss, weights(0.1), {"x": X}, num_chains=num_chains, num_burnin=0)
+    assert np.isfinite(estimate.mean)
+    assert np.isnan(estimate.stability).all()
+    assert "stability not measured" in estimate.verdict

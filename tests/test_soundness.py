@@ -152,6 +152,36 @@ def test_agreement_is_a_regression_through_the_origin():
     assert (nothing.num_moves, nothing.predicted) == (0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("slope", "slope_stderr", "residual", "stderr", "told"),
+    [
+        (1.06, 0.01, 0.06, 1.0, True),  # a tilt beyond doubt, whatever the estimate
+        (1.06, 0.03, 0.06, 1.0, False),  # one that chance explains
+        (1.02, 0.001, 0.02, 0.01, True),  # a small one, of more than two standard errors
+        (1.02, 0.001, 0.02, 0.02, False),
+        (1.0, 0.05, 0.3, 0.1, True),  # noise of three standard errors
+        (1.0, 0.05, 0.3, 0.2, False),
+        (1.0, 0.2, 0.6, 1.0, True),  # most of it unexplained
+        (1.0, 1e9, 1e-4, 1.0, False),  # below the last digit of the loss
+    ],
+)
+def test_what_gradients_leave_is_compared_with_what_the_estimate_bears(
+    slope, slope_stderr, residual, stderr, told
+):
+    predicted = 1e-5 if residual < 1e-3 else 1.0
+    sound = soundness.Soundness(
+        nbeta=1.0,
+        anchor=soundness.Anchor(N, 1.0, 0, -1, 0.0, 1e-3, 0.0),
+        agreement=soundness.Agreement(32, slope, slope_stderr, residual, predicted),
+        gradient=np.ones((4, 8)),
+        heating=0.0,
+        second_derivatives=True,
+        shared=(),
+    )
+    found = [label for label, _ in soundness.findings(sound, 1.1, stderr)]
+    assert found == [GRADIENT] * told
+
+
 # --- losses without the digits --------------------------------------------------------------------
 
 
