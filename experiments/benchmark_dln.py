@@ -96,7 +96,7 @@ def network(config: Config, index: int):
     """The network of this number, and the key of its chains."""
     import jax
 
-    from llc_jax.models import deep_linear
+    from llc_jax.problems.deep_linear import model as deep_linear
 
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     shape_key, weight_key, chain_key = jax.random.split(key, 3)
@@ -114,7 +114,7 @@ def measure(config: Config, name: str, index: int) -> dict[str, Any]:
     import jax
 
     import llc_jax
-    from llc_jax.models import deep_linear
+    from llc_jax.problems.deep_linear import model as deep_linear
 
     widths, net, key = network(config, index)
     data_key, calibration_key, estimate_key = jax.random.split(key, 3)
@@ -177,7 +177,7 @@ def value_at(config: Config, record: dict[str, Any]) -> dict[str, float]:
     """
     import jax
 
-    from llc_jax.models import deep_linear
+    from llc_jax.problems.deep_linear import model as deep_linear
 
     if config.generator != "aligned" or config.loss != "population":
         return {"finite": np.nan, "finite_stderr": np.nan}
@@ -194,8 +194,8 @@ def run(config: Config, phase: str = "dln") -> None:
 
     # Each network has shapes of its own: nothing compiled for one is of use to another.
     jax.config.update("jax_enable_compilation_cache", False)
-    from llc_jax.figures import png
-    from llc_jax.files import write_atomic
+    from llc_jax.figures.base import png
+    from llc_jax.storage.files import write_atomic
 
     folder = pathlib.Path(config.workdir)
     names = config.samplers.split(",")

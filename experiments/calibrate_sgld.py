@@ -95,9 +95,9 @@ def run(config: Config, phase: str = "calibration") -> None:
     import jax
 
     import llc_jax
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.figures import png
-    from llc_jax.files import read_json, write_atomic, write_json
+    from llc_jax.figures.base import png
+    from llc_jax.storage.checkpoints import CheckpointDir
+    from llc_jax.storage.files import read_json, write_atomic, write_json
 
     root = pathlib.Path(config.workdir)
     folder = root / "calibration"

@@ -92,8 +92,8 @@ def run(config: Config, phase: str = "comparison") -> None:
     """Writes the comparison."""
     import pandas
 
-    from llc_jax.figures import png
-    from llc_jax.files import write_atomic
+    from llc_jax.figures.base import png
+    from llc_jax.storage.files import write_atomic
 
     if not config.reference:
         raise ValueError("reference='': give the folder of the recorded curves.")
@@ -164,7 +164,7 @@ def summary(table, first_step: int, last_step: int = 0) -> str:
 
 def boundaries(curves, reference: pathlib.Path) -> str:
     """What the stage finder says, unaided, of our curves and of each recorded seed."""
-    from llc_jax.stages import find_stages
+    from llc_jax.stages.boundaries import find_stages
 
     lines = ["| curve | checkpoints | boundaries found (68 % interval) |", "|---|---|---|"]
 
@@ -198,7 +198,7 @@ def figure(curves):
     from matplotlib import ticker
     from matplotlib.colors import to_rgba
 
-    from llc_jax import figures
+    from llc_jax.figures import base
 
     panels = {}
     for name, curve in curves.items():
@@ -206,11 +206,11 @@ def figure(curves):
         panels.setdefault(family, {})[member] = curve
     columns = 4
     rows = -(-len(panels) // columns)
-    fig = figures.InlineFigure(figsize=(13, 2.4 * rows), layout="constrained")
+    fig = base.InlineFigure(figsize=(13, 2.4 * rows), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, sharex=True)
     for ax, (name, members) in zip(axes.flat, panels.items(), strict=False):
         single = len(members) == 1
-        colors = [figures.BLUE] if single else figures.shades(len(members))
+        colors = [base.BLUE] if single else base.shades(len(members))
         for (member, curve), color in zip(members.items(), colors, strict=True):
             steps, values, error, their_steps, theirs = curve
             for i, seed in enumerate(theirs):
@@ -226,8 +226,8 @@ def figure(curves):
             ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             ax.yaxis.set_minor_formatter(ticker.NullFormatter())
         ax.set_title(name, size=9)
-        figures.dress(ax)
-        figures.log_step_axis(ax, 0, their_steps.max())
+        base.dress(ax)
+        base.log_step_axis(ax, 0, their_steps.max())
         ax.set_xlabel("")
         ax.tick_params(labelsize=8)
         if not single or ax is axes[0, 0]:

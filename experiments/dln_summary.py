@@ -86,7 +86,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def figure(records: list[dict[str, Any]], title: str):
     """Estimated against true coefficient, and the relative error, a colour per sampler."""
-    from llc_jax.figures import CHAIN_COLORS, INK, LLC, VERMILLION, InlineFigure, log_number_axis
+    from llc_jax.figures.base import (
+        CHAIN_COLORS,
+        INK,
+        LLC,
+        VERMILLION,
+        InlineFigure,
+        log_number_axis,
+    )
 
     fig = InlineFigure(figsize=(10, 4.2), layout="constrained")
     left, right = fig.subplots(1, 2)

@@ -141,9 +141,9 @@ def run(config: Config, phase: str = "llc") -> None:
     import jax
 
     from llc_jax import SGLD, estimate_llc_over_checkpoints, parallel
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.files import read_json
-    from llc_jax.results import finished_steps, save_estimate
+    from llc_jax.storage.checkpoints import CheckpointDir
+    from llc_jax.storage.files import read_json
+    from llc_jax.storage.results import finished_steps, save_estimate
 
     folder, shard = results_folder(config), parse_shard(config.shard_checkpoints)
     setting = settings.load(config.workdir)

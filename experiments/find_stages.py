@@ -45,18 +45,15 @@ def paper() -> Config:
 
 
 PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
-_LIBRARY = pathlib.Path(__file__).parents[1] / "llc_jax"
 # What the boundaries follow from.
-SOURCES = tuple(
-    _LIBRARY / f"{name}.py" for name in ("stages", "smoothing", "points", "gaussian_process")
-)
+SOURCES = tuple(sorted(pathlib.Path(__file__).parents[1].glob("llc_jax/stages/*.py")))
 
 
 def run(config: Config, phase: str = "stages") -> None:
     """Finds the stages, unless `stages.json` is up to date with estimates, settings and code."""
-    from llc_jax.files import digest, read_json, write_json
-    from llc_jax.results import finished_steps, load_sweep, result_path
-    from llc_jax.stages import find_plateaus, find_stages
+    from llc_jax.stages.boundaries import find_plateaus, find_stages
+    from llc_jax.storage.files import digest, read_json, write_json
+    from llc_jax.storage.results import finished_steps, load_sweep, result_path
 
     folder = estimate_llc.results_folder(config)
     path = folder / "stages.json"
@@ -86,8 +83,8 @@ def run(config: Config, phase: str = "stages") -> None:
 
 def load_stages(path: pathlib.Path):
     """Reads back the list of `llc_jax.Stage`."""
-    from llc_jax.files import read_json
-    from llc_jax.stages import Stage
+    from llc_jax.stages.boundaries import Stage
+    from llc_jax.storage.files import read_json
 
     def restore(value):
         if isinstance(value, list):

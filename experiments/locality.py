@@ -65,8 +65,8 @@ def measure(config: Config, index: int) -> list[dict]:
     """λ̂ of one network at every localization, as one program; a row each."""
     import llc_jax
     from experiments import benchmark_dln
-    from llc_jax.models import deep_linear
-    from llc_jax.pilot import fitted
+    from llc_jax.calibration.pilot import fitted
+    from llc_jax.problems.deep_linear import model as deep_linear
 
     source = dataclasses.replace(
         benchmark_dln.PRESETS["1K"], generator=config.generator, seed=config.seed
@@ -103,7 +103,7 @@ def measure(config: Config, index: int) -> list[dict]:
 
 def figure(rows: list[dict]):
     """λ̂ against the distance of the chains, a panel per network."""
-    from llc_jax.figures import CHAIN_COLORS, INK, LLC, InlineFigure, log_number_axis
+    from llc_jax.figures.base import CHAIN_COLORS, INK, LLC, InlineFigure, log_number_axis
 
     names = list(dict.fromkeys(r["network"] for r in rows))
     fig = InlineFigure(figsize=(5 * len(names), 3.8), layout="constrained")
@@ -125,8 +125,8 @@ def figure(rows: list[dict]):
 
 def run(config: Config, phase: str = "locality") -> None:
     """Measures all networks and writes the table and the figure."""
-    from llc_jax.figures import png
-    from llc_jax.files import write_atomic
+    from llc_jax.figures.base import png
+    from llc_jax.storage.files import write_atomic
 
     folder = pathlib.Path(config.workdir)
     indices = [int(number) for number in numbers(config.networks)]

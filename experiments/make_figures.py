@@ -40,9 +40,9 @@ PRESETS = {
 
 def page(found: material.Material) -> dict[str, Any]:
     """The figures of the report, in its order."""
-    from llc_jax import report
-    from llc_jax.curvature_figures import curvature_figure
-    from llc_jax.trajectory_figures import trajectory_figure
+    from llc_jax.figures.curvature import curvature_figure
+    from llc_jax.figures.trajectory import trajectory_figure
+    from llc_jax.report import page as report
 
     drawn = report.render_figures(
         found.sweep,
@@ -70,8 +70,8 @@ def page(found: material.Material) -> dict[str, Any]:
 
 def parts(found: material.Material) -> dict[str, Any]:
     """λ̂ of the parts of the loss."""
-    from llc_jax.behavior_figures import tokens_figure
-    from llc_jax.metrics.language_datasets import octave_ranges
+    from llc_jax.problems.language.datasets import octave_ranges
+    from llc_jax.problems.regression.behavior_figures import tokens_figure
 
     if found.setting.experiment == "train_regression":
         return {"tokens": tokens_figure(found.sweep, stages=found.stages)}
@@ -84,7 +84,8 @@ def parts(found: material.Material) -> dict[str, Any]:
 
 def behavior(found: material.Material) -> dict[str, Any]:
     """Behaviour and structure, for the report."""
-    from llc_jax import behavior_figures, language_figures, structure_figures
+    from llc_jax.problems.language import figures as language_figures
+    from llc_jax.problems.regression import behavior_figures, structure_figures
 
     measured, stages = found.behavior, found.stages
     if found.setting.experiment == "train_regression":
@@ -100,8 +101,8 @@ def behavior(found: material.Material) -> dict[str, Any]:
 
 def more(found: material.Material) -> dict[str, Any]:
     """The figures that would overload the report."""
-    from llc_jax import behavior_figures
-    from llc_jax.smoothing import smooth_curve
+    from llc_jax.problems.regression import behavior_figures
+    from llc_jax.stages.smoothing import smooth_curve
 
     sweep = found.sweep
     curves = {"λ̂": (sweep.checkpoint.values, sweep.llc.values, found.curve)}
@@ -120,8 +121,9 @@ def more(found: material.Material) -> dict[str, Any]:
 
 def details(found: material.Material) -> dict[str, Any]:
     """Structure in detail."""
-    from llc_jax import language_figures, structure_figures
-    from llc_jax.metrics.language_structure import random_composition
+    from llc_jax.problems.language import figures as language_figures
+    from llc_jax.problems.language.structure import random_composition
+    from llc_jax.problems.regression import structure_figures
 
     measured, stages = found.behavior, found.stages
     if found.setting.experiment == "train_regression":
@@ -145,8 +147,8 @@ def texts(config, found: material.Material) -> dict[str, str]:
     """A page for each stage: texts, coloured by how their prediction changed over it."""
     import numpy as np
 
-    from llc_jax.files import read_json
-    from llc_jax.heatmap import heatmap_html
+    from llc_jax.report.heatmap import heatmap_html
+    from llc_jax.storage.files import read_json
 
     path = measuring.folder_of(config) / "texts.json"
     if found.behavior is None or "text_log_probs" not in found.behavior or not path.exists():
@@ -164,7 +166,7 @@ def texts(config, found: material.Material) -> dict[str, str]:
 
 def write_texts(folder: pathlib.Path, pages: dict[str, str]) -> None:
     """Writes what `texts` returned; pages of stages that are no more go."""
-    from llc_jax.files import write_atomic
+    from llc_jax.storage.files import write_atomic
 
     for old in folder.glob("texts_stage_*.html"):
         if old.stem not in pages:
@@ -175,9 +177,9 @@ def write_texts(folder: pathlib.Path, pages: dict[str, str]) -> None:
 
 def run(config: Config, phase: str = "figures") -> None:
     """Writes `figures/*.png`."""
-    from llc_jax.figures import png
-    from llc_jax.files import write_atomic
-    from llc_jax.language_figures import published_init_figure
+    from llc_jax.figures.base import png
+    from llc_jax.problems.language.figures import published_init_figure
+    from llc_jax.storage.files import write_atomic
 
     folder = pathlib.Path(config.workdir) / "figures"
     found = material.load(config)

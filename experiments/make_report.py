@@ -51,7 +51,7 @@ TEXTS = (
 
 def run(config: Config, phase: str = "report") -> None:
     """Writes `report.html`, `results.csv` and `figures/*`, unless they are up to date."""
-    from llc_jax.files import read_json, write_atomic, write_json
+    from llc_jax.storage.files import read_json, write_atomic, write_json
 
     root = pathlib.Path(config.workdir)
     setting = settings.load(config.workdir)
@@ -62,7 +62,8 @@ def run(config: Config, phase: str = "report") -> None:
         cli.say(f"{phase}: {page} is up to date")
         return
 
-    from llc_jax import figures, report
+    from llc_jax.figures import base
+    from llc_jax.report import page as report
 
     contents = {name: read_json(path) for name, path in records.items()}
     found = material.load(config)
@@ -84,7 +85,7 @@ def run(config: Config, phase: str = "report") -> None:
     )
     make_figures.write_texts(root / "figures", texts)
     for name, figure in drawn.items():
-        write_atomic(root / "figures" / f"{name}.png", figures.png(figure))
+        write_atomic(root / "figures" / f"{name}.png", base.png(figure))
     write_atomic(root / "results.csv", report.results_csv(found.sweep))
     write_atomic(page, html)
     write_json(record, {"inputs": inputs})

@@ -74,8 +74,8 @@ def records(config) -> dict[str, pathlib.Path]:
 
 def inputs(config) -> str:
     """Digest of everything that figures are made of, the code that draws them included."""
-    from llc_jax.files import digest
-    from llc_jax.results import finished_steps, result_path
+    from llc_jax.storage.files import digest
+    from llc_jax.storage.results import finished_steps, result_path
 
     root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
     found = records(config)
@@ -83,8 +83,8 @@ def inputs(config) -> str:
     behavior, trajectory = measuring.folder_of(config), measure_trajectory.folder_of(config)
     return digest(
         [*found.values(), root / "metrics.jsonl"]
-        + sorted([*sources.glob("report*.py"), *sources.glob("*figures.py")])
-        + [sources / "heatmap.py", sources / "metrics/trajectory.py"]
+        + sorted([*sources.glob("report/*.py"), *sources.glob("figures/*.py")])
+        + sorted([*sources.glob("problems/*/*figures.py"), sources / "metrics/trajectory.py"])
         + [pathlib.Path(__file__).with_name("make_figures.py")]
         + [*measure_curvature.folder_of(config).glob("records.jsonl")]
         + [*behavior.glob("behavior.csv"), *behavior.glob("texts.json")]
@@ -95,9 +95,9 @@ def inputs(config) -> str:
 
 def load(config) -> Material:
     """Reads everything."""
-    from llc_jax import results
-    from llc_jax.files import read_json
-    from llc_jax.smoothing import smooth_curve
+    from llc_jax.stages.smoothing import smooth_curve
+    from llc_jax.storage import results
+    from llc_jax.storage.files import read_json
 
     found, folder = records(config), estimate_llc.results_folder(config)
     sampled, staged = (read_json(found[name]) for name in ("estimates", "stages"))

@@ -62,7 +62,7 @@ PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """Behaviour and structure of one checkpoint, for `llc_jax.mapping.map_checkpoints`."""
+    """Behaviour and structure of one checkpoint, for `llc_jax.checkpoint_map.map_checkpoints`."""
 
     behavior: object
     structure: object
@@ -76,9 +76,10 @@ def run(config: Config, phase: str = "behavior") -> None:
     """Measures what is missing; see `experiments.measuring`."""
     import jax
 
-    from llc_jax import checks
-    from llc_jax.mapping import map_checkpoints
-    from llc_jax.metrics import datasets, regression, structure
+    from llc_jax.checkpoint_map import map_checkpoints
+    from llc_jax.inputs import checks
+    from llc_jax.problems.regression import behavior as regression
+    from llc_jax.problems.regression import datasets, structure
 
     for name in ("num_sequences", "num_far", "num_attention"):
         checks.at_least(name, getattr(config, name), 1)

@@ -84,8 +84,8 @@ def run(config: Config, phase: str = "curvature") -> None:
     import jax
 
     import llc_jax
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.files import read_json, write_atomic
+    from llc_jax.storage.checkpoints import CheckpointDir
+    from llc_jax.storage.files import read_json, write_atomic
 
     folder, estimates = folder_of(config), estimate_llc.results_folder(config) / "config.json"
     if not estimates.exists():

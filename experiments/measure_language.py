@@ -44,7 +44,7 @@ LENGTHS = (2, 3, 4)
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """Behaviour and structure of one checkpoint, for `llc_jax.mapping.map_checkpoints`."""
+    """Behaviour and structure of one checkpoint, for `llc_jax.checkpoint_map.map_checkpoints`."""
 
     behavior: object
     structure: object
@@ -62,7 +62,7 @@ def held_out(training: train_language.Config, num_sequences: int, seed: int):
     import jax
     import numpy as np
 
-    from llc_jax.data.synthetic_language import sample
+    from llc_jax.problems.language.synthetic import sample
 
     if training.data == "synthetic":
         law, (key, _) = train_language.language(training), jax.random.split(jax.random.key(seed))
@@ -75,7 +75,8 @@ def material(config: Config, training: train_language.Config):
     import jax
     import numpy as np
 
-    from llc_jax.data import corpora, ngrams, synthetic_language
+    from llc_jax.problems.language import corpora, ngrams
+    from llc_jax.problems.language import synthetic as synthetic_language
 
     rows = held_out(training, config.num_sequences, config.seed)
     if training.data == "synthetic":
@@ -118,10 +119,13 @@ def frequent(rows, n: int, how_many: int):
 
 def run(config: Config, phase: str = "behavior") -> None:
     """Measures what is missing; see `experiments.measuring`."""
-    from llc_jax import checks
-    from llc_jax.files import write_json
-    from llc_jax.mapping import map_checkpoints
-    from llc_jax.metrics import language, language_datasets, language_structure, probes
+    from llc_jax.checkpoint_map import map_checkpoints
+    from llc_jax.inputs import checks
+    from llc_jax.problems.language import behavior as language
+    from llc_jax.problems.language import datasets as language_datasets
+    from llc_jax.problems.language import probes
+    from llc_jax.problems.language import structure as language_structure
+    from llc_jax.storage.files import write_json
 
     for name in ("num_sequences", "num_probes", "num_ngrams", "num_texts"):
         checks.at_least(name, getattr(config, name), 1)

@@ -95,8 +95,8 @@ def columns(config: Config, folder: str) -> Columns:
 def _regression(config: Config, training: train_regression.Config) -> Columns:
     import jax
 
-    from llc_jax.metrics.outputs import Outputs
-    from llc_jax.metrics.regression import evaluation_set
+    from llc_jax.problems.regression.behavior import evaluation_set
+    from llc_jax.problems.regression.outputs import Outputs
 
     model, task = train_regression.setting(training)
     found = jax.device_get(evaluation_set(jax.random.key(config.seed), task, config.num_sequences))
@@ -109,8 +109,8 @@ def _regression(config: Config, training: train_regression.Config) -> Columns:
 
 
 def _language(config: Config, training: train_language.Config) -> Columns:
-    from llc_jax.data.synthetic_language import reference_losses
-    from llc_jax.metrics.outputs import NextTokenOutputs, one_position
+    from llc_jax.problems.language.outputs import NextTokenOutputs, one_position
+    from llc_jax.problems.language.synthetic import reference_losses
 
     rows = measure_language.held_out(training, config.num_sequences, config.seed)
     inputs, known = one_position(config.seed, rows), {}
@@ -136,11 +136,11 @@ def folder_of(config) -> pathlib.Path:
 
 def run(config: Config, phase: str = "trajectory") -> None:
     """Analyses all checkpoints there are, unless that has been done."""
-    from llc_jax import checks
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.files import digest, read_json, write_atomic, write_json
+    from llc_jax.inputs import checks
     from llc_jax.metrics.outputs import output_blocks
     from llc_jax.metrics.trajectory import functional_pca
+    from llc_jax.storage.checkpoints import CheckpointDir
+    from llc_jax.storage.files import digest, read_json, write_atomic, write_json
 
     for name in ("num_sequences", "num_components", "block", "checkpoint_batch"):
         checks.at_least(name, getattr(config, name), 1)
@@ -236,8 +236,8 @@ class Paths(NamedTuple):
 
 def load(folder: pathlib.Path) -> Paths:
     """Reads the results back."""
-    from llc_jax.files import read_json
     from llc_jax.metrics.trajectory import PCA
+    from llc_jax.storage.files import read_json
 
     content = read_json(folder / "trajectory.json")
     with open(folder / "trajectory.csv", encoding="utf-8") as file:

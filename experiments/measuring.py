@@ -35,9 +35,9 @@ def run(
       folder: of the results; `folder_of(config)` if none.
       without: further fields of the config that do not change what is measured.
     """
-    from llc_jax import results
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.files import write_atomic
+    from llc_jax.storage import results
+    from llc_jax.storage.checkpoints import CheckpointDir
+    from llc_jax.storage.files import write_atomic
 
     folder = folder or folder_of(config)
     kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import estimate_llc, measure_curvature, measuring
-from llc_jax.files import read_json
+from llc_jax.storage.files import read_json
 
 TOKENS = 8
 QUIET = 0.125**2  # variance of the noise of the quiet sequences
@@ -162,7 +162,7 @@ def ours(config) -> dict[str, Table]:
     Raises:
       ValueError: if there is none, one that a flag names is missing, or one is of another setting.
     """
-    from llc_jax.results import finished_steps
+    from llc_jax.storage.results import finished_steps
 
     found = {}
     folder = measuring.folder_of(config)
@@ -209,8 +209,8 @@ def behavior(folder: pathlib.Path) -> Table:
     """
     import pandas
 
-    from llc_jax import results
-    from llc_jax.metrics.datasets import behavior_table
+    from llc_jax.problems.regression.datasets import behavior_table
+    from llc_jax.storage import results
 
     found = results.load(folder, "measure_behavior")
     if found.sizes["token"] != TOKENS:
@@ -227,7 +227,7 @@ def estimates(folder: pathlib.Path) -> Table:
     """Reads λ̂ of a sweep, that of each example too if it has them: llc, llc_1, ..."""
     import pandas
 
-    from llc_jax.results import load_sweep
+    from llc_jax.storage.results import load_sweep
 
     sweep = load_sweep(folder)
     columns = {"llc": sweep.llc.values, "llc_stderr": sweep.stderr.values}

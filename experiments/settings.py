@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import train_language, train_regression, training
-from llc_jax.files import digest
+from llc_jax.storage.files import digest
 
 
 class Setting(NamedTuple):

@@ -84,7 +84,7 @@ PRESETS = {p.__name__: p() for p in (smoke, small, synthetic, paper)}
 
 def language(config: Config):
     """The synthetic language of a configuration."""
-    from llc_jax.data.synthetic_language import SyntheticLanguage
+    from llc_jax.problems.language.synthetic import SyntheticLanguage
 
     return SyntheticLanguage(
         num_words=config.num_words, context=config.context, repetition=config.repetition
@@ -93,7 +93,7 @@ def language(config: Config):
 
 def tokens(config: Config):
     """The token set of a configuration, prepared in its workdir if it is not there."""
-    from llc_jax.data.language import prepare
+    from llc_jax.problems.language.token_sets import prepare
 
     tokenizer = int(config.tokenizer) if config.tokenizer.isdigit() else config.tokenizer
     return prepare(
@@ -113,7 +113,7 @@ def model(config: Config):
     """The transformer of a configuration."""
     import jax.numpy as jnp
 
-    from llc_jax.models.attention_only import AttentionOnlyTransformer
+    from llc_jax.problems.language.model import AttentionOnlyTransformer
 
     return AttentionOnlyTransformer(
         num_layers=config.num_layers, num_heads=config.num_heads, d_model=config.d_model,
@@ -134,7 +134,7 @@ def load_config(folder: str) -> Config:
 
 def described(config: Config):
     """What `experiments.settings.Setting` says of a run, in its order."""
-    from llc_jax.language_losses import LanguageLoss, LanguageOctaveLosses
+    from llc_jax.problems.language.losses import LanguageLoss, LanguageOctaveLosses
 
     transformer = model(config)
     return (
@@ -149,8 +149,8 @@ def draw(config: Config, num_data: int, seed: int):
     import jax
     import numpy as np
 
-    from llc_jax.data.batches import TokenBatches
-    from llc_jax.data.synthetic_language import sample
+    from llc_jax.problems.language.synthetic import sample
+    from llc_jax.training.batches import TokenBatches
 
     if config.data == "synthetic":
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -170,7 +170,7 @@ def baselines(config: Config, data) -> dict[str, float]:
 
     uniform = {"uniform": math.log(vocabulary(config))}
     if config.data == "synthetic":
-        from llc_jax.data.synthetic_language import reference_losses
+        from llc_jax.problems.language.synthetic import reference_losses
 
         known = reference_losses(language(config), data["tokens"][:256])
         return uniform | {
@@ -187,11 +187,11 @@ def run(config: Config, phase: str = "train") -> None:
     def recipe():
         import jax
 
-        from llc_jax import optimizers
-        from llc_jax.data.batches import TokenBatches
-        from llc_jax.data.synthetic_language import SyntheticLanguageBatches
-        from llc_jax.language_losses import LanguageLoss
-        from llc_jax.models.attention_only import init_params
+        from llc_jax.problems.language.losses import LanguageLoss
+        from llc_jax.problems.language.model import init_params
+        from llc_jax.problems.language.synthetic import SyntheticLanguageBatches
+        from llc_jax.training import optimizers
+        from llc_jax.training.batches import TokenBatches
 
         transformer = model(config)
         if config.data == "synthetic":

@@ -72,8 +72,8 @@ PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
 
 def setting(config: Config):
     """Returns (model, task) of a configuration."""
-    from llc_jax.data.regression import RegressionTask
-    from llc_jax.models.regression import RegressionTransformer
+    from llc_jax.problems.regression.data import RegressionTask
+    from llc_jax.problems.regression.model import RegressionTransformer
 
     task = RegressionTask(
         dim=config.dim,
@@ -104,7 +104,7 @@ def load_config(folder: str) -> Config:
 
 def described(config: Config):
     """What `experiments.settings.Setting` says of a run, in its order."""
-    from llc_jax.losses import RegressionLoss, RegressionTokenLosses
+    from llc_jax.problems.regression.losses import RegressionLoss, RegressionTokenLosses
 
     model, task = setting(config)
     return (
@@ -121,7 +121,7 @@ def draw(task, num_data: int, seed: int):
     """
     import jax
 
-    from llc_jax.data.regression import sample_batch
+    from llc_jax.problems.regression.data import sample_batch
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return jax.device_get(sample_batch(jax.random.key(seed), task, num_data))
@@ -131,7 +131,7 @@ def baselines(task, data) -> dict[str, float]:
     """Losses of predictors that need no training: at zero exact, else on a data set."""
     import jax.numpy as jnp
 
-    from llc_jax.data.regression import dmmse_predictions, ridge_predictions, tasks
+    from llc_jax.problems.regression.data import dmmse_predictions, ridge_predictions, tasks
 
     x, y = (jnp.asarray(data[name]) for name in ("x", "y"))
     known = {"ridge": ridge_predictions(x, y, task.noise_variance)}
@@ -147,10 +147,10 @@ def run(config: Config, phase: str = "train") -> None:
     model, task = setting(config)
 
     def recipe():
-        from llc_jax import optimizers
-        from llc_jax.data.regression import RegressionBatches
-        from llc_jax.losses import RegressionLoss
-        from llc_jax.models.regression import init_params
+        from llc_jax.problems.regression.data import RegressionBatches
+        from llc_jax.problems.regression.losses import RegressionLoss
+        from llc_jax.problems.regression.model import init_params
+        from llc_jax.training import optimizers
 
         return training.Recipe(
             init=lambda rng_key: init_params(rng_key, model),

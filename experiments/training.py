@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import cli, workdir
-from llc_jax.files import read_json
+from llc_jax.storage.files import read_json
 
 
 class Recipe(NamedTuple):
@@ -17,8 +17,8 @@ class Recipe(NamedTuple):
 
     Attributes:
       init: `init(rng_key) -> params`.
-      loss_fn: see `llc_jax.train.fit`.
-      batch_fn: see `llc_jax.train.fit`.
+      loss_fn: see `llc_jax.training.loop.fit`.
+      batch_fn: see `llc_jax.training.loop.fit`.
       optimizer: of optax.
       tokens_per_step: to log the speed; 0 logs none.
     """
@@ -64,7 +64,7 @@ def record(folder: str, experiment: str = "train_regression") -> dict[str, Any]:
 
 def schedule(config) -> list[int]:
     """Returns the steps at which checkpoints are kept."""
-    from llc_jax.checkpoints import checkpoint_steps
+    from llc_jax.storage.checkpoints import checkpoint_steps
 
     return checkpoint_steps(config.num_steps, config.num_log, config.num_linear)
 
@@ -122,8 +122,9 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
     """
     import jax
 
-    from llc_jax import parallel, train
-    from llc_jax.checkpoints import CheckpointDir
+    from llc_jax import parallel
+    from llc_jax.storage.checkpoints import CheckpointDir
+    from llc_jax.training import loop as train
 
     folder = pathlib.Path(config.workdir)
     stops = schedule(config)

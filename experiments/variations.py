@@ -47,8 +47,8 @@ class Subject(NamedTuple):
 
 def subject_of(config) -> Subject:
     """The run, with every loss function that there is for its model."""
-    from llc_jax import checks
-    from llc_jax.losses import RegressionPrefixLoss
+    from llc_jax.inputs import checks
+    from llc_jax.problems.regression.losses import RegressionPrefixLoss
 
     setting = settings.load(config.workdir)
     losses = {"mean": setting.loss_fn}
@@ -127,7 +127,7 @@ def evaluated(estimate, anchor_loss: float):
       estimate: whose `collected` is a loss, [chain, burn-in + draw].
       anchor_loss: the same of the anchor.
     """
-    from llc_jax.diagnostics import diagnose
+    from llc_jax.llc.diagnostics import diagnose
 
     losses = np.asarray(estimate.collected, float)[:, estimate.burnin_losses.shape[1] :]
     finite = estimate.diverged_at < 0

@@ -108,10 +108,10 @@ def folder_of(config) -> pathlib.Path:
 
 def run(config: Config, phase: str = "variations") -> None:
     """Estimates what is missing and draws everything."""
-    from llc_jax import checks
-    from llc_jax.checkpoints import CheckpointDir
-    from llc_jax.figures import png
-    from llc_jax.files import read_json, write_atomic
+    from llc_jax.figures.base import png
+    from llc_jax.inputs import checks
+    from llc_jax.storage.checkpoints import CheckpointDir
+    from llc_jax.storage.files import read_json, write_atomic
 
     folder = folder_of(config)
     subject = variations.subject_of(config)
@@ -180,7 +180,7 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def drawn(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of these records."""
-    from llc_jax.variation_figures import failures_figure, grid_figure, variations_figure
+    from llc_jax.figures.variations import failures_figure, grid_figure, variations_figure
 
     return {
         "variations": variations_figure(records),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llc_jax.files import local_path, read_json, write_atomic, write_json
+from llc_jax.storage.files import local_path, read_json, write_atomic, write_json
 
 PACKAGES = ("llc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpyro", "numpy")
 

@@ -20,8 +20,8 @@ from llc_jax import (
     estimate_llc_over_settings,
 )
 from llc_jax.ambient import together, undisturbed
-from llc_jax.curvature_sweep import curvature_over_checkpoints
-from llc_jax.mapping import map_checkpoints
+from llc_jax.checkpoint_map import map_checkpoints
+from llc_jax.curvature.over_checkpoints import curvature_over_checkpoints
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 KEY = jax.random.key(0)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from laws import assert_within_4_stderr, sgld
 
-from llc_jax import SGLD, anchors, estimate_llc, parallel, soundness
+from llc_jax import SGLD, estimate_llc, parallel
+from llc_jax.llc import soundness
+from llc_jax.sampling import anchors
 
 N, DIM, NBETA, STEP = 96, 3, 50.0, 4e-3
 RNG = np.random.default_rng(0)

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from jax.experimental import sparse
 
-from llc_jax import SGLD, arrays, estimate_llc, traced
+from llc_jax import SGLD, estimate_llc
+from llc_jax.inputs import arrays, traced
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 

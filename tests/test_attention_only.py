@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax.language_losses import LanguageLoss
-from llc_jax.models import attention_only
-from llc_jax.models.attention_only import (
+from llc_jax.problems.language import model as attention_only
+from llc_jax.problems.language.losses import LanguageLoss
+from llc_jax.problems.language.model import (
     AttentionOnlyTransformer,
     ablate_positions,
     check_tokens,

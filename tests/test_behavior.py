@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax.data.regression import (
+from llc_jax.checkpoint_map import map_checkpoints
+from llc_jax.problems.regression import behavior as regression
+from llc_jax.problems.regression import datasets, structure
+from llc_jax.problems.regression.data import (
     RegressionTask,
     one_sample_predictions,
     ridge_predictions,
     sample_batch,
     tasks,
 )
-from llc_jax.losses import RegressionTokenLosses
-from llc_jax.mapping import map_checkpoints
-from llc_jax.metrics import datasets, regression, structure
-from llc_jax.models.regression import RegressionTransformer, init_params, predictions
+from llc_jax.problems.regression.losses import RegressionTokenLosses
+from llc_jax.problems.regression.model import RegressionTransformer, init_params, predictions
 
 TASK = RegressionTask(dim=3, num_examples=4)
 MODEL = RegressionTransformer(

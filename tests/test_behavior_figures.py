@@ -5,11 +5,11 @@ import pytest
 import xarray
 from matplotlib.colors import to_rgb
 
-from llc_jax import behavior_figures, structure_figures, variation_figures
-from llc_jax import figures as draw
-from llc_jax.metrics import datasets
-from llc_jax.smoothing import SmoothedCurve
-from llc_jax.stages import Stage
+from llc_jax.figures import base as draw
+from llc_jax.figures import variations
+from llc_jax.problems.regression import behavior_figures, datasets, structure_figures
+from llc_jax.stages.boundaries import Stage
+from llc_jax.stages.smoothing import SmoothedCurve
 
 STEPS = np.array([0, 3, 10, 30, 100, 300, 1000])
 STAGES = [
@@ -286,7 +286,7 @@ def test_variations_hold_a_line_per_value_in_order_of_steps():
         record("batch_size", 64, 10, None),
         record("seed", 0, 100, 4.0),
     ]
-    data, batch, loss, seed = variation_figures.variations_figure(records).axes
+    data, batch, loss, seed = variations.variations_figure(records).axes
     assert [ax.get_title() for ax in (data, batch, loss, seed)] == [
         "sequences in the data set", "sequences per minibatch", "loss function",
         "seed of the chains",
@@ -314,7 +314,7 @@ def test_a_grid_has_nbeta_by_row_and_step_size_by_column():
         }
         for gamma in (1.0, 100.0) for step_size in (0.1, 0.01) for nbeta in (30.0, 3.0)
     ]  # fmt: skip
-    figure = variation_figures.grid_figure(
+    figure = variations.grid_figure(
         [{"what": "seed"}, {"what": "grid", "step": 5, "grid": cells}]
     )
     axes = np.reshape(figure.axes, (2, 2))
@@ -340,7 +340,7 @@ def test_failures_hold_the_running_estimate_and_the_verdict():
         common | {"value": "too short", "num_burnin": 2, "running": [5.0, 6.0, 7.0],
                   "llc": 7.0, "verdict": "drift"},
     ]  # fmt: skip
-    dead, short = variation_figures.failures_figure(records).axes
+    dead, short = variations.failures_figure(records).axes
     titles = [ax.get_title(loc="left") for ax in (dead, short)]
     assert titles == [
         f"far too large, step 1,000\n{draw.LLC} = none; verdict: all chains diverged",

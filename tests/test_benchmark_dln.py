@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 from experiments import benchmark_dln, dln_summary, locality, workdir
-from llc_jax.models import deep_linear
+from llc_jax.problems.deep_linear import model as deep_linear
 
 FIELDS = {
     "aoyagi": 100.0, "exact": 100.0, "llc": 100.0, "stderr": 1.0, "finite": 100.0, "verdict": "ok",

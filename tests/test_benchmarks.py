@@ -25,8 +25,8 @@ from experiments.benchmarks import (
 )
 from llc_jax import parallel
 from llc_jax.curvature import Estimate, hvp
-from llc_jax.models.regression import RegressionTransformer, init_params
-from llc_jax.vectors import Layout
+from llc_jax.problems.regression.model import RegressionTransformer, init_params
+from llc_jax.trees import Layout
 
 TINY = {"d_model": 4, "num_layers": 1}
 

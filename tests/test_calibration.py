@@ -20,7 +20,7 @@ from llc_jax import (
     estimate_llc_over_settings,
     extrapolate_step_size,
 )
-from llc_jax.pilot import (
+from llc_jax.calibration.pilot import (
     GROWTH,
     MARGIN,
     Pilot,
@@ -31,8 +31,8 @@ from llc_jax.pilot import (
     stiffness_of,
     weakest_localization,
 )
-from llc_jax.proposal import lengths
-from llc_jax.sweep import (
+from llc_jax.calibration.result import lengths
+from llc_jax.calibration.sweep import (
     LEVEL,
     RELAXATIONS,
     STEP_FRACTION,

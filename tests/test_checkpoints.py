@@ -20,8 +20,8 @@ import numpy as np
 import optax
 import pytest
 
-from llc_jax import manifests, trees
-from llc_jax.checkpoints import CheckpointDir, CheckpointError, checkpoint_steps
+from llc_jax.storage import manifests, pytrees
+from llc_jax.storage.checkpoints import CheckpointDir, CheckpointError, checkpoint_steps
 
 OPTIMIZER = optax.adam(optax.linear_schedule(1e-2, 1e-3, 10))
 
@@ -251,7 +251,7 @@ def test_hidden_files_of_file_managers_are_not_damage(directory):
 
 
 def test_damage_is_found_before_orbax_reads(directory, monkeypatch):
-    monkeypatch.setattr(trees, "restore", lambda *_: pytest.fail("read bad files"))
+    monkeypatch.setattr(pytrees, "restore", lambda *_: pytest.fail("read bad files"))
     for step, how in ((20, "flip"), (10, "truncate")):
         break_step(directory.folder / str(step), how)
         with pytest.raises(CheckpointError, match=f"checkpoint .*{step} is damaged: params/"):
@@ -385,14 +385,14 @@ def test_kill_during_a_save_leaves_the_previous_step(tmp_path, hook):
     ],
 )
 def test_full_disk_is_one_clean_error(directory, monkeypatch, failure):
-    original = trees.save
+    original = pytrees.save
 
     def fill_up(path, tree):
         original(path, tree)
         if path.name == "opt_state":
             raise failure
 
-    monkeypatch.setattr(trees, "save", fill_up)
+    monkeypatch.setattr(pytrees, "save", fill_up)
     with pytest.raises(OSError, match=r"no space left to save step 30.*bytes are free") as caught:
         directory.save(30, params_at(30), opt_state_at(30))
     assert caught.value.errno == errno.ENOSPC
@@ -408,7 +408,7 @@ def test_failure_at_the_rename_leaves_nothing_behind(directory, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(trees, "save", lambda path, tree: path.mkdir())
+    monkeypatch.setattr(pytrees, "save", lambda path, tree: path.mkdir())
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(OSError, match=r"cannot save step 30 in .*Read-only") as caught:
         directory.save(30, {"w": np.ones(1)}, ())
@@ -452,7 +452,7 @@ def test_manifest_lists_all_files_with_versions(directory):
 
 def test_listing_and_verifying_do_not_import_orbax(directory):
     code = (
-        "import sys; from llc_jax.checkpoints import CheckpointDir;"
+        "import sys; from llc_jax.storage.checkpoints import CheckpointDir;"
         f"d = CheckpointDir({str(directory.folder)!r});"
         "assert d.steps() == [0, 10, 20] and d.latest_good() == 20;"
         "assert not [m for m in sys.modules if m.split('.')[0] in ('orbax', 'tensorstore')]"

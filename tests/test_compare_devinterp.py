@@ -21,8 +21,8 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.compare_results import OTHER, OURS, THEIRS, Measured, Shape
 from llc_jax import SGLD, estimate_llc
-from llc_jax.losses import RegressionLoss
-from llc_jax.models.regression import RegressionTransformer
+from llc_jax.problems.regression.losses import RegressionLoss
+from llc_jax.problems.regression.model import RegressionTransformer
 
 TORCH = pathlib.Path(compare_devinterp.Config.torch_python)
 DRAWS = {"num_draws": 6, "num_burnin": 2}

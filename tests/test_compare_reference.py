@@ -12,10 +12,10 @@ import xarray
 from matplotlib.figure import Figure
 
 from experiments import cli, compare_reference, measure_behavior, measuring, train_regression
-from llc_jax import results
-from llc_jax.checkpoints import CheckpointDir
-from llc_jax.metrics import regression
-from llc_jax.models.regression import init_params, predictions
+from llc_jax.problems.regression import behavior as regression
+from llc_jax.problems.regression.model import init_params, predictions
+from llc_jax.storage import results
+from llc_jax.storage.checkpoints import CheckpointDir
 
 STEPS = np.unique(np.logspace(0, 5, 30).astype(int))
 CONFIG = dataclasses.replace(compare_reference.PRESETS["small"], first_step=100)

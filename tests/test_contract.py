@@ -25,8 +25,8 @@ from llc_jax import (
     estimate_llc_over_settings,
 )
 from llc_jax.parallel import CHAIN, CHECKPOINT
-from llc_jax.posterior import evaluate
-from llc_jax.sampling import sample
+from llc_jax.sampling.posterior import evaluate
+from llc_jax.sampling.program import sample
 from llc_jax.types import Evaluation
 
 SAMPLERS = {

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from llc_jax.data import corpora
+from llc_jax.problems.language import corpora
 
 
 def write(path, lines, compress=False):

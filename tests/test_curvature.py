@@ -12,8 +12,8 @@ from jax.flatten_util import ravel_pytree
 import llc_jax
 from experiments.benchmarks.compile_once import compilations
 from llc_jax import curvature
-from llc_jax.curvature_sweep import Curvature, curvature_over_checkpoints
-from llc_jax.lanczos import lanczos, ritz_values
+from llc_jax.curvature.lanczos import lanczos, ritz_values
+from llc_jax.curvature.over_checkpoints import Curvature, curvature_over_checkpoints
 
 KEY = jax.random.key(0)
 N = 50

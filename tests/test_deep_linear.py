@@ -10,8 +10,8 @@ import pytest
 import scipy.integrate
 
 import llc_jax
-from llc_jax.models import deep_linear
-from llc_jax.models.deep_linear import (
+from llc_jax.problems.deep_linear import model as deep_linear
+from llc_jax.problems.deep_linear.model import (
     PopulationLoss,
     aligned,
     aoyagi_coefficient,

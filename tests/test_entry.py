@@ -11,7 +11,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from llc_jax import SGLD, Stream, arrays, closures, estimate_llc, tie, traced
+from llc_jax import SGLD, Stream, estimate_llc, tie
+from llc_jax.inputs import arrays, closures, traced
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 W = {"w": np.ones(3, np.float32)}

@@ -33,11 +33,16 @@ from experiments import (
 )
 from experiments import workdir as workdirs
 from experiments.training import schedule
-from llc_jax import files, results, structure_figures
-from llc_jax.checkpoints import CheckpointDir
-from llc_jax.losses import RegressionLoss, RegressionPrefixLoss, RegressionTokenLosses
-from llc_jax.metrics import regression
-from llc_jax.models.regression import predictions
+from llc_jax.problems.regression import behavior as regression
+from llc_jax.problems.regression import structure_figures
+from llc_jax.problems.regression.losses import (
+    RegressionLoss,
+    RegressionPrefixLoss,
+    RegressionTokenLosses,
+)
+from llc_jax.problems.regression.model import predictions
+from llc_jax.storage import files, results
+from llc_jax.storage.checkpoints import CheckpointDir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -60,8 +65,9 @@ def parameters(folder):
 
 
 def _opt_state():
-    from llc_jax import optimizers, train
-    from llc_jax.models.regression import init_params
+    from llc_jax.problems.regression.model import init_params
+    from llc_jax.training import loop as train
+    from llc_jax.training import optimizers
 
     config = train_regression.PRESETS["smoke"]
     model, _ = train_regression.setting(config)

@@ -8,10 +8,11 @@ import xarray
 from matplotlib.figure import Figure
 
 import llc_jax
-from llc_jax import Curvature, chain_figures, figures
-from llc_jax.curvature_figures import curvature_figure
-from llc_jax.smoothing import smooth_curve
-from llc_jax.stages import Stage
+from llc_jax import Curvature
+from llc_jax.figures import base, chains, llc
+from llc_jax.figures.curvature import curvature_figure
+from llc_jax.stages.boundaries import Stage
+from llc_jax.stages.smoothing import smooth_curve
 
 NBETA = 50.0
 STAGES = [
@@ -70,7 +71,7 @@ def make_sweep(steps=STEPS, *, dead=(), lost=(), num_chains=4, num_draws=40, num
 
 def overview(sweep, **options):
     given = {"train_steps": np.arange(1001), "train_losses": np.linspace(4, 2, 1001)} | options
-    return figures.overview_figure(sweep, **given)
+    return llc.overview_figure(sweep, **given)
 
 
 @pytest.fixture
@@ -90,12 +91,12 @@ def bands(ax):
 
 def test_loss_and_baselines_are_those_given(ax):
     steps, losses = np.arange(0, 50, 5), np.linspace(4, 1, 10)
-    assert figures.loss_over_steps(ax, steps, losses, {"zero": 4.125, r"$\frac{$": 1.5}) is ax
+    assert llc.loss_over_steps(ax, steps, losses, {"zero": 4.125, r"$\frac{$": 1.5}) is ax
     shown = labelled(ax)
     np.testing.assert_array_equal(shown["training loss"].get_xydata(), np.c_[steps, losses])
     assert set(shown["4.125  zero"].get_ydata()) == {4.125}
     ax.legend()
-    figures.png(ax.figure)  # the dollars are no mathematics
+    base.png(ax.figure)  # the dollars are no mathematics
     assert len(ax.lines) == 3
 
 
@@ -103,8 +104,8 @@ def test_llc_points_bars_and_curve_are_those_given(ax):
     llc, stderr = np.array([-2.0, 1.0, 3.0, 6.0, 9.0]), np.array([0.5, 0.1, np.nan, 0.2, 0.3])
     steps = np.array([0, 1, 10, 100, 1000])
     curve = smooth_curve(steps, llc, stderr)
-    figures.llc_over_steps(ax, steps, llc, stderr, curve)
-    points, _, (bars,) = labelled(ax)[figures.LLC + " ± 1 s.e."]
+    llc.llc_over_steps(ax, steps, llc, stderr, curve)
+    points, _, (bars,) = labelled(ax)[base.LLC + " ± 1 s.e."]
     np.testing.assert_array_equal(points.get_xydata(), np.c_[steps, llc])
     (low, high) = bars.get_segments()[0][:, 1]
     assert (low, high) == (-2.5, -1.5)
@@ -113,18 +114,18 @@ def test_llc_points_bars_and_curve_are_those_given(ax):
 
 def test_diverged_checkpoints_are_marked_not_hidden(ax):
     llc = np.array([1.0, np.nan, 3.0, np.nan])
-    figures.llc_over_steps(
+    llc.llc_over_steps(
         ax, [1, 2, 3, 4], llc, [0.1, np.nan, 0.1, np.nan], diverged=[False, True, True, True]
     )
     shown = labelled(ax)
     assert shown["some chains diverged"].get_xydata().tolist() == [[3, 3.0]]
     assert shown["no finite chain"].get_xdata().tolist() == [2, 4]
-    assert shown[figures.LLC + " ± 1 s.e."][0].get_xdata().tolist() == [1, 3]
+    assert shown[base.LLC + " ± 1 s.e."][0].get_xdata().tolist() == [1, 3]
 
 
 def test_stage_bands_span_exactly_start_to_end(ax):
-    figures.log_step_axis(ax, 0, 1000)
-    figures.stage_bands(ax, STAGES)
+    base.log_step_axis(ax, 0, 1000)
+    base.stage_bands(ax, STAGES)
     assert bands(ax) == [(0, 30), (30, 300), (300, 1000)]
     assert [text.get_text() for text in ax.texts] == ["1 flat", "2 rise", "3 fall", "stage"]
     lines = [line for line in ax.lines if len(set(line.get_xdata())) == 1]
@@ -135,8 +136,8 @@ def test_stage_bands_span_exactly_start_to_end(ax):
 
 
 def test_narrow_stages_are_only_numbered(ax):
-    figures.log_step_axis(ax, 0, 100_000)
-    figures.stage_bands(ax, [s._replace(start=999, end=1001) for s in STAGES[:1]])
+    base.log_step_axis(ax, 0, 100_000)
+    base.stage_bands(ax, [s._replace(start=999, end=1001) for s in STAGES[:1]])
     assert ax.texts[0].get_text() == "1"
 
 
@@ -151,7 +152,7 @@ def test_narrow_stages_are_only_numbered(ax):
     ],
 )
 def test_log_step_axis_has_ticks_in_range(ax, first, last, ticks):
-    figures.log_step_axis(ax, first, last)
+    base.log_step_axis(ax, first, last)
     left, right = ax.get_xlim()
     assert -1 < left <= first <= last <= right
     ax.figure.canvas.draw()
@@ -166,7 +167,7 @@ def test_log_step_axis_has_ticks_in_range(ax, first, last, ticks):
 def test_traces_hold_every_draw(ax):
     one = make_sweep(dead=[2]).isel(checkpoint=2)
     losses, burnin = one.losses.values, one.burnin_losses.values
-    chain_figures.traces(ax, losses, burnin, 2.0, one.diverged_at.values)
+    chains.traces(ax, losses, burnin, 2.0, one.diverged_at.values)
     whole = np.concatenate([burnin, losses], axis=1)
     thin = [line for line in ax.lines if line.get_lw() == 0.5]
     for line, values in zip(thin, whole, strict=True):
@@ -183,13 +184,13 @@ def test_traces_hold_every_draw(ax):
 def test_a_diverging_chain_does_not_set_the_limits(ax):
     losses = np.ones((2, 30))
     losses[1, 10:20], losses[1, 20:] = 1e25, np.nan
-    chain_figures.traces(ax, losses, np.ones((2, 0)), 1.0, [-1, 20])
+    chains.traces(ax, losses, np.ones((2, 0)), 1.0, [-1, 20])
     assert ax.get_ylim()[1] < 2
 
 
 def test_running_llc_ends_at_the_estimate_of_each_chain(ax):
     sweep = make_sweep(dead=[1]).isel(checkpoint=1)
-    chain_figures.running_llc(
+    chains.running_llc(
         ax, sweep.losses, sweep.anchor_losses, NBETA, num_burnin=12, diverged_at=sweep.diverged_at
     )
     ends = {line.get_label(): line.get_xydata()[-1].tolist() for line in ax.lines}
@@ -222,19 +223,19 @@ def test_overview_shares_one_axis_of_steps():
 )
 @pytest.mark.parametrize("stages", [[], STAGES[:1]], ids=["no-stage", "one-stage"])
 def test_every_size_of_sweep_can_be_drawn(sweep, stages):
-    for figure in (overview(sweep, stages=stages), chain_figures.chain_traces_figure(sweep)):
-        assert figures.png(figure, dpi=30).startswith(b"\x89PNG")
-    columns = chain_figures.chain_traces_figure(sweep).axes
+    for figure in (overview(sweep, stages=stages), chains.chain_traces_figure(sweep)):
+        assert base.png(figure, dpi=30).startswith(b"\x89PNG")
+    columns = chains.chain_traces_figure(sweep).axes
     assert len(columns) == 2 * min(sweep.sizes["checkpoint"], 3)
 
 
 def test_chain_traces_of_chosen_checkpoints():
-    axes = chain_figures.chain_traces_figure(make_sweep(), [3, 1000]).axes
+    axes = chains.chain_traces_figure(make_sweep(), [3, 1000]).axes
     assert [ax.get_title().split(":")[0] for ax in axes] == ["step 3", "step 1,000", "", ""]
 
 
 def test_png_is_deterministic_and_dateless():
-    one, two = (figures.png(overview(make_sweep(), stages=STAGES), dpi=40) for _ in range(2))
+    one, two = (base.png(overview(make_sweep(), stages=STAGES), dpi=40) for _ in range(2))
     assert one == two
     assert b"tEXt" not in one
     assert b"tIME" not in one
@@ -287,7 +288,7 @@ def test_estimate_plots_itself_and_shows_in_notebooks():
     ],
 )
 def test_rounded_to_the_second_digit_of_the_error(value, stderr, expected):
-    assert figures.rounded(value, stderr) == expected
+    assert base.rounded(value, stderr) == expected
 
 
 def measured_at(steps, llc_of=float):
@@ -323,7 +324,7 @@ def test_curvature_stands_under_the_llc_with_the_stages_across_all():
     ends = [y for _, y in drawn_lines(eigenvalues)]
     expected = [50.0 + count, 20.0 + count, -5.0 - count, -1.0 - count]
     np.testing.assert_array_equal(ends, expected)
-    figures.png(figure)
+    base.png(figure)
 
 
 def test_eigenvalues_far_apart_get_a_logarithmic_scale_that_passes_through_zero():

@@ -8,8 +8,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from llc_jax import foreign
-from llc_jax.checkpoints import CheckpointDir, CheckpointError
+from llc_jax.storage import foreign
+from llc_jax.storage.checkpoints import CheckpointDir, CheckpointError
 
 TREE = {"w": np.arange(3.0, dtype=np.float32), "l": [np.ones(2), {"n": np.int32(7)}]}
 

@@ -10,9 +10,9 @@ import pytest
 
 import llc_jax
 from llc_jax import BAOAB
-from llc_jax.grid import LIMIT, MAX_REHEARSALS, STRESS, WILD, Grid, stiffest_of
-from llc_jax.pilot import Pilot
-from llc_jax.sweep import RELAXATIONS, Sweep
+from llc_jax.calibration.grid import LIMIT, MAX_REHEARSALS, STRESS, WILD, Grid, stiffest_of
+from llc_jax.calibration.pilot import Pilot
+from llc_jax.calibration.sweep import RELAXATIONS, Sweep
 
 ALIVE, DEAD = np.full(2, -1), np.array([-1, 3])
 FRACTION, BURNIN = 0.4, 3000

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llc_jax import SGLD, Stream, calibrate
-from llc_jax.incurable import refuse_flat
+from llc_jax.calibration.incurable import refuse_flat
 
 ONES = np.ones(2, np.float32)
 SIZES = {"nbeta": 100.0, "num_draws": 20, "num_burnin": 20}

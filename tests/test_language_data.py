@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llc_jax.data import bpe, corpora, language
-from llc_jax.data.batches import TokenBatches
-from llc_jax.data.ngrams import bigram_table, conditional_entropy, ngrams
-from llc_jax.data.packing import RowFile, pack
+from llc_jax.problems.language import bpe, corpora
+from llc_jax.problems.language import token_sets as language
+from llc_jax.problems.language.ngrams import bigram_table, conditional_entropy, ngrams
+from llc_jax.problems.language.packing import RowFile, pack
+from llc_jax.training.batches import TokenBatches
 
 TEXTS = [
     f"Number {i} of the many small texts, and {i * i} again; naïve ∑ {i}.\n" for i in range(60)
@@ -491,7 +492,7 @@ def test_bigram_table_does_not_depend_on_pieces(monkeypatch):
             counts[a, b] += 1
     expected = counts / counts.sum(axis=1, keepdims=True)
     for size in (1, 45, 2**22):
-        monkeypatch.setattr("llc_jax.data.ngrams._PAIRS_AT_ONCE", size)
+        monkeypatch.setattr("llc_jax.problems.language.ngrams._PAIRS_AT_ONCE", size)
         np.testing.assert_allclose(bigram_table(tokens, 7), expected, rtol=1e-6)
 
 
@@ -499,7 +500,7 @@ def test_conditional_entropy_in_closed_form(monkeypatch):
     table = bigram_table(TINY, 4)
     first = math.log(3) - 2 / 3 * math.log(2)
     for size in (1, 3, 256):
-        monkeypatch.setattr("llc_jax.data.ngrams._ROWS_AT_ONCE", size)
+        monkeypatch.setattr("llc_jax.problems.language.ngrams._ROWS_AT_ONCE", size)
         assert conditional_entropy(table, [3, 1, 2, 0]) == pytest.approx(first / 2, rel=1e-6)
         assert conditional_entropy(table, [0, 0, 0, 7]) == pytest.approx(math.log(4), rel=1e-6)
 

@@ -8,10 +8,11 @@ import pytest
 import xarray
 from matplotlib.colors import to_rgb
 
-from llc_jax import figures, heatmap
-from llc_jax import language_figures as draw
-from llc_jax.metrics import language_datasets
-from llc_jax.stages import Stage
+from llc_jax.figures import base
+from llc_jax.problems.language import datasets as language_datasets
+from llc_jax.problems.language import figures as draw
+from llc_jax.report import heatmap
+from llc_jax.stages.boundaries import Stage
 
 STEPS = np.unique(np.rint(np.geomspace(1, 50_001, 30)).astype(int)) - 1
 STAGES = [
@@ -181,12 +182,12 @@ def test_every_head_is_drawn_in_the_colours_of_its_layer_and_the_best_are_named(
 
 
 def test_names_stand_beside_their_lines_unless_they_would_overlap():
-    ax = figures.InlineFigure().subplots()
+    ax = base.InlineFigure().subplots()
     ax.set_ylim(0, 10)
     draw._name_ends(ax, {"1:1": (2.0, "k"), "1:2": (2.1, "k"), "2:1": (9.9, "k"), "2:2": (6, "k")})
     places = {name: text.get_position()[1] for name, text in names_of(ax).items()}
     assert places == pytest.approx({"1:1": 0.2, "1:2": 0.3, "2:1": 0.99, "2:2": 0.6})
-    crowded = figures.InlineFigure().subplots()
+    crowded = base.InlineFigure().subplots()
     draw._name_ends(crowded, {f"1:{i}": (0.97, "k") for i in range(4)})
     places = sorted(text.get_position()[1] for text in crowded.texts)
     assert places == pytest.approx([0.7, 0.8, 0.9, 1.0])
@@ -326,7 +327,7 @@ def test_every_size_can_be_drawn(drawn, stages):
     if "k_composition" in drawn:
         made.append(draw.composition_figure(drawn, BASELINE, stages=stages))
     for figure in made:
-        assert figures.png(figure, dpi=20).startswith(b"\x89PNG")
+        assert base.png(figure, dpi=20).startswith(b"\x89PNG")
     # A line through one checkpoint has no length.
     for ax in (made[0].axes[0], made[2].axes[0]):
         marker = "o" if drawn.sizes["checkpoint"] == 1 else ""

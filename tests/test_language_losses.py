@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax.language_losses import (
+from llc_jax.problems.language.losses import (
     LanguageLoss,
     LanguageOctaveLosses,
     LanguageTokenLosses,
     octaves,
 )
-from llc_jax.models.attention_only import AttentionOnlyTransformer, init_params
+from llc_jax.problems.language.model import AttentionOnlyTransformer, init_params
 
 SIZES = {"num_layers": 1, "num_heads": 2, "d_model": 16, "vocab_size": 24, "context": 12}
 MODEL = AttentionOnlyTransformer(**SIZES)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax.language_losses import LanguageTokenLosses
-from llc_jax.mapping import map_checkpoints
+from llc_jax.checkpoint_map import map_checkpoints
 from llc_jax.metrics.averages import mean_over_sequences
-from llc_jax.metrics.language import Behavior, icl_tokens, questions
-from llc_jax.models.attention_only import AttentionOnlyTransformer, ablate_positions, init_params
+from llc_jax.problems.language.behavior import Behavior, icl_tokens, questions
+from llc_jax.problems.language.losses import LanguageTokenLosses
+from llc_jax.problems.language.model import AttentionOnlyTransformer, ablate_positions, init_params
 
 V, L, B = 12, 10, 23
 MODEL = AttentionOnlyTransformer(num_layers=1, num_heads=2, d_model=16, vocab_size=V, context=L)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax.mapping import map_checkpoints
-from llc_jax.metrics import probes as probing
-from llc_jax.metrics.language_structure import (
+from llc_jax.checkpoint_map import map_checkpoints
+from llc_jax.problems.language import probes as probing
+from llc_jax.problems.language.model import AttentionOnlyTransformer, init_params
+from llc_jax.problems.language.structure import (
     Structure,
     attended_scores,
     composition,
@@ -18,7 +19,6 @@ from llc_jax.metrics.language_structure import (
     random_composition,
     weight_names,
 )
-from llc_jax.models.attention_only import AttentionOnlyTransformer, init_params
 
 V, N, C, LENGTH = 12, 16, 32, 24
 MODEL = AttentionOnlyTransformer(num_heads=2, d_model=C, vocab_size=V, context=LENGTH)

@@ -30,9 +30,9 @@ from llc_jax import (
     estimate_llc_over_settings,
 )
 from llc_jax.ambient import own_key
-from llc_jax.curvature_sweep import curvature_over_checkpoints
-from llc_jax.posterior import at_least_float32
-from llc_jax.sampling import Plan, sample_chain
+from llc_jax.curvature.over_checkpoints import curvature_over_checkpoints
+from llc_jax.sampling.chain import Plan, sample_chain
+from llc_jax.trees import at_least_float32
 
 SAMPLERS = {
     "SGLD": SGLD(1e-2),

@@ -9,7 +9,7 @@ import xarray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llc_jax import netcdf
+from llc_jax.storage import netcdf
 
 
 def one(values, **attrs):

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llc_jax import SGLD, estimate_llc_over_checkpoints, parallel, program
-from llc_jax.sampling import sample
+from llc_jax import SGLD, estimate_llc_over_checkpoints, parallel
+from llc_jax.llc import run as program
+from llc_jax.sampling.program import sample
 
 DEVICES = jax.devices()
 DIM = 5

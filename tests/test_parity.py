@@ -13,9 +13,9 @@ import pytest
 import llc_jax
 from experiments import estimate_llc, train_regression
 from experiments.training import schedule
-from llc_jax.data.regression import RegressionBatches
-from llc_jax.losses import RegressionLoss
-from llc_jax.models.regression import init_params
+from llc_jax.problems.regression.data import RegressionBatches
+from llc_jax.problems.regression.losses import RegressionLoss
+from llc_jax.problems.regression.model import init_params
 
 RECORDED_LOSS = 4.43  # mean SGLD loss at every recorded checkpoint up to step 50,000 ...
 RECORDED_SPREAD = 0.02  # ... and how much it varies between them

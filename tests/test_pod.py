@@ -19,8 +19,8 @@ import pytest
 
 from experiments import estimate_llc, quickstart, settings, train_language, train_regression
 from experiments import workdir as workdirs
-from llc_jax import results
-from llc_jax.checkpoints import CheckpointDir
+from llc_jax.storage import results
+from llc_jax.storage.checkpoints import CheckpointDir
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llc_jax import points as points_module
-from llc_jax import smoothing
-from llc_jax.points import Points, apart, averaged, checked, informative
+from llc_jax.stages import points as points_module
+from llc_jax.stages import smoothing
+from llc_jax.stages.points import Points, apart, averaged, checked, informative
 
 
 def _points(values, errors=None, steps=None):

@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 
 from llc_jax import default_nbeta
-from llc_jax.posterior import (
-    apply_mask,
-    at_least_float32,
-    displacement,
-    evaluate,
-    loss_and_grad,
-    losses_of,
-    mean_loss,
-    standard_normal_like,
-)
+from llc_jax.losses import loss_and_grad, losses_of, mean_loss
+from llc_jax.sampling.posterior import evaluate
+from llc_jax.trees import apply_mask, at_least_float32, displacement, standard_normal_like
 
 
 def regression_loss(params, batch):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from laws import assert_within_4_stderr, sgld
 
-from llc_jax import MALA, SGLD, AdamSGLD, RMSPropSGLD, estimate_llc, probe, soundness, weights
-from llc_jax.posterior import evaluate
+from llc_jax import MALA, SGLD, AdamSGLD, RMSPropSGLD, estimate_llc
+from llc_jax.inputs import weights
+from llc_jax.llc import soundness
+from llc_jax.sampling import probe
+from llc_jax.sampling.posterior import evaluate
 
 ANCHOR = {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array(0.25)}
 ONES = {"x": jnp.ones(4)}

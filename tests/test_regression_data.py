@@ -7,8 +7,8 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from llc_jax.data import regression
-from llc_jax.data.regression import RegressionBatches, RegressionTask
+from llc_jax.problems.regression import data as regression
+from llc_jax.problems.regression.data import RegressionBatches, RegressionTask
 
 TASK = RegressionTask()
 FINITE = RegressionTask(num_tasks=4)

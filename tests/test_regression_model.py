@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax.data.regression import RegressionTask, sample_batch, to_tokens
-from llc_jax.losses import RegressionLoss, RegressionPrefixLoss, RegressionTokenLosses
-from llc_jax.models import regression
-from llc_jax.models.regression import RegressionTransformer, init_params
+from llc_jax.problems.regression import model as regression
+from llc_jax.problems.regression.data import RegressionTask, sample_batch, to_tokens
+from llc_jax.problems.regression.losses import (
+    RegressionLoss,
+    RegressionPrefixLoss,
+    RegressionTokenLosses,
+)
+from llc_jax.problems.regression.model import RegressionTransformer, init_params
 
 MODEL = RegressionTransformer()
 # Compiled whole: op by op, the same functions take ten times as long to start.

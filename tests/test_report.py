@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from test_figures import STAGES, make_sweep
 
 from experiments import find_stages
-from llc_jax import files, report, results
+from llc_jax.report import page as report
+from llc_jax.storage import files, results
 
 VOID = {"meta", "img", "br"}
 HOSTILE = """</td><script>alert("1")</script> & 'x' $\\frac{ \u202e {nbeta}"""

@@ -12,7 +12,7 @@ import pytest
 import xarray
 
 import llc_jax
-from llc_jax import files, results
+from llc_jax.storage import files, results
 
 
 def quadratic(params, batch):
@@ -343,7 +343,7 @@ NO_PATHS = ["gs://bucket/run", "s3://b", "https://host/x", "file:///tmp/x", "hdf
 def test_paths_that_are_none_leave_nothing_behind(tmp_path, monkeypatch, path):
     """blue-oil/blueoil issue 1121, "OUTPUT_DIR with the gcs path does not work": a local folder
     called `gs:`; tensorpack/tensorpack issue 1317 likewise."""
-    from llc_jax.checkpoints import CheckpointDir
+    from llc_jax.storage.checkpoints import CheckpointDir
 
     monkeypatch.chdir(tmp_path)
     for use in (
@@ -364,7 +364,7 @@ def test_paths_that_are_none_leave_nothing_behind(tmp_path, monkeypatch, path):
 
 
 def test_a_file_where_a_folder_should_be_is_named(tmp_path):
-    from llc_jax.checkpoints import CheckpointDir
+    from llc_jax.storage.checkpoints import CheckpointDir
 
     path = tmp_path / "file"
     path.write_text("x")

@@ -16,7 +16,8 @@ from laws import assert_chains_agree, assert_within_4_stderr
 from scipy import integrate, optimize, stats
 
 from llc_jax import BAOAB, MALA, SGLD, SGNHT, AdamSGLD, RMSPropSGLD, estimate_llc_over_settings
-from llc_jax.posterior import evaluate, standard_normal_like
+from llc_jax.sampling.posterior import evaluate
+from llc_jax.trees import standard_normal_like
 
 # --- two steps by hand --------------------------------------------------------------------------
 

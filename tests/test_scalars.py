@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax import SGLD, estimate_llc_over_checkpoints, estimate_llc_over_settings, scalars
+from llc_jax import SGLD, estimate_llc_over_checkpoints, estimate_llc_over_settings
+from llc_jax.inputs import scalars
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 W = {"w": np.ones(3, np.float32)}

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from llc_jax import SGLD
-from llc_jax.posterior import evaluate, standard_normal_like
 from llc_jax.samplers import langevin
+from llc_jax.sampling.posterior import evaluate
+from llc_jax.trees import standard_normal_like
 
 DIM = 6
 CURVATURE = np.linspace(0.25, 1.5, DIM, dtype=np.float32)

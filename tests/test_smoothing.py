@@ -5,8 +5,8 @@ import pytest
 from scipy import linalg, stats
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 
-from llc_jax import smoothing
-from llc_jax.smoothing import fit_curve, smooth_curve
+from llc_jax.stages import smoothing
+from llc_jax.stages.smoothing import fit_curve, smooth_curve
 
 
 def _bump(num=40, noise=0.5, seed=0):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from laws import assert_within_4_stderr, sgld
 
-from llc_jax import SGLD, Stream, estimate_llc, soundness
+from llc_jax import SGLD, Stream, estimate_llc
+from llc_jax.llc import soundness
 
 N, DIM, NBETA, STEP = 128, 4, 50.0, 3e-3
 RNG = np.random.default_rng(0)

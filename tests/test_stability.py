@@ -21,8 +21,13 @@ from llc_jax import (
     estimate_llc,
     estimate_llc_over_settings,
 )
-from llc_jax.posterior import evaluate
-from llc_jax.stability import Tridiagonal, largest_eigenvalue, stability_matrix, tridiagonal
+from llc_jax.sampling.posterior import evaluate
+from llc_jax.sampling.stability import (
+    Tridiagonal,
+    largest_eigenvalue,
+    stability_matrix,
+    tridiagonal,
+)
 
 DIM = 6
 CURVATURE = np.array([0.25, 0.5, 1.0, 1.5, 3.0, -0.5])

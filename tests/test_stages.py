@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llc_jax import stages
-from llc_jax.smoothing import fit_curve
-from llc_jax.stages import find_plateaus, find_stages
+from llc_jax.stages import boundaries
+from llc_jax.stages.boundaries import find_plateaus, find_stages
+from llc_jax.stages.smoothing import fit_curve
 
 _REFERENCE = pathlib.Path(__file__).parents[2] / "shared" / "reference"
 _LAST = 100_000
@@ -123,17 +123,17 @@ def test_confidence_is_the_share_of_samples_that_show_the_boundary():
     mean = np.array([1.0, 0.1, 1.0])
     samples = np.array([[1.0, 0.3, 1.0], [1.0, 0.6, 1.0], [1.0, -0.2, 1.0], [0.4, 0.3, 1.0]])
     for sign in (1, -1):
-        assert stages._boundary(sign * mean, sign * samples, 0, 2, dip=0.5).confidence == 0.5
+        assert boundaries._boundary(sign * mean, sign * samples, 0, 2, dip=0.5).confidence == 0.5
     # A rise and a fall: in the first sample alone are the signs those of the mean.
     mean = np.array([1.0, 0.2, -1.0])
     samples = np.array([[1.0, -0.9, -1.0], [-0.1, 0.0, -1.0], [1.0, 0.0, 0.1], [-1.0, 0.0, 1.0]])
-    assert stages._boundary(mean, samples, 0, 2, dip=0.5).confidence == 0.25
+    assert boundaries._boundary(mean, samples, 0, 2, dip=0.5).confidence == 0.25
 
 
 def test_band_is_simultaneous():
     """Whole slopes, not single points, stay inside with the stated probability."""
     posterior, grid = fit_curve(*_noisy(_PLANTED["rise, fall"][0], 40, 20.0, 0), kernel="fitted")
-    mean, margin, _ = stages._slope_band(posterior, grid, 0.9, 4000, seed=0)
+    mean, margin, _ = boundaries._slope_band(posterior, grid, 0.9, 4000, seed=0)
     fresh = posterior.slope_samples(np.log1p(grid), 4000, seed=1)
     inside = np.all(np.abs(fresh - mean) <= margin, axis=1).mean()
     # Two samples of 4000: one set the band, the other counts.
@@ -328,18 +328,18 @@ def test_overshoot_between_sparse_points_is_no_stage(monkeypatch):
     steps, values, stderr = map(np.array, zip(*rows, strict=True))
     assert np.all(np.diff(values[(steps >= 69) & (steps <= 20_202)]) > 0)
     assert _kinds(find_stages(steps, values, stderr)) == ["rise", "rise", "fall"]
-    monkeypatch.setattr(stages, "_seen", lambda *_: True)
+    monkeypatch.setattr(boundaries, "_seen", lambda *_: True)
     assert _kinds(find_stages(steps, values, stderr)) == ["rise", "fall", "rise", "fall"]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_movement_is_seen_in_its_stage_and_next_to_it(sign):
     steps, values = np.array([0.0, 10.0, 20.0, 30.0]), sign * np.array([1.0, 3.0, 2.0, 5.0])
-    assert stages._seen(steps, values, 12.0, 18.0, -sign)  # from 10 to 20, both outside
-    assert stages._seen(steps, values, 10.0, 20.0, -sign)
-    assert not stages._seen(steps, values, 21.0, 29.0, -sign)
-    assert not stages._seen(steps, values, 0.0, 9.0, -sign)
-    assert stages._seen(steps, values, 0.0, 30.0, -sign)
+    assert boundaries._seen(steps, values, 12.0, 18.0, -sign)  # from 10 to 20, both outside
+    assert boundaries._seen(steps, values, 10.0, 20.0, -sign)
+    assert not boundaries._seen(steps, values, 21.0, 29.0, -sign)
+    assert not boundaries._seen(steps, values, 0.0, 9.0, -sign)
+    assert boundaries._seen(steps, values, 0.0, 30.0, -sign)
 
 
 def test_a_logged_loss_takes_seconds():

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax.data import synthetic_language
-from llc_jax.data.synthetic_language import (
+from llc_jax.problems.language import synthetic as synthetic_language
+from llc_jax.problems.language.synthetic import (
     SyntheticLanguage,
     SyntheticLanguageBatches,
     bigram_table,

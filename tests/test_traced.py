@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax import SGLD, Stream, estimate_llc, traced
+from llc_jax import SGLD, Stream, estimate_llc
+from llc_jax.inputs import traced
 
 X = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
 W = {"w": np.ones(3, np.float32)}

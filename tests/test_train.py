@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from llc_jax import optimizers, parallel, train
-from llc_jax.data.batches import TokenBatches
-from llc_jax.data.regression import RegressionBatches, RegressionTask
-from llc_jax.losses import RegressionLoss
-from llc_jax.models.regression import RegressionTransformer, init_params
+from llc_jax import parallel
+from llc_jax.problems.regression.data import RegressionBatches, RegressionTask
+from llc_jax.problems.regression.losses import RegressionLoss
+from llc_jax.problems.regression.model import RegressionTransformer, init_params
+from llc_jax.training import loop as train
+from llc_jax.training import optimizers
+from llc_jax.training.batches import TokenBatches
 
 KEY = 3
 

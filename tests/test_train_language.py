@@ -26,11 +26,11 @@ from experiments import (
 )
 from experiments import workdir as workdirs
 from experiments.training import schedule
-from llc_jax import results
-from llc_jax.checkpoints import CheckpointDir
-from llc_jax.data.synthetic_language import predictive, sample
-from llc_jax.language_losses import LanguageTokenLosses, octaves
-from llc_jax.metrics.language_datasets import octave_ranges
+from llc_jax.problems.language.datasets import octave_ranges
+from llc_jax.problems.language.losses import LanguageTokenLosses, octaves
+from llc_jax.problems.language.synthetic import predictive, sample
+from llc_jax.storage import results
+from llc_jax.storage.checkpoints import CheckpointDir
 
 SMOKE = dataclasses.replace(
     train_language.PRESETS["smoke"], num_steps=40, block=10, num_log=4, num_linear=2

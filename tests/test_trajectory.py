@@ -5,9 +5,9 @@ import matplotlib.collections
 import numpy as np
 import pytest
 
-from llc_jax import figures
-from llc_jax.checkpoints import checkpoint_steps
-from llc_jax.metrics.outputs import NextTokenOutputs, one_position, output_blocks
+from llc_jax.figures import base
+from llc_jax.figures.trajectory import geometry_in_plane, trajectory_figure
+from llc_jax.metrics.outputs import output_blocks
 from llc_jax.metrics.trajectory import (
     PCA,
     cusps,
@@ -18,9 +18,10 @@ from llc_jax.metrics.trajectory import (
     smooth_path,
     vertices,
 )
-from llc_jax.models.attention_only import AttentionOnlyTransformer, init_params
-from llc_jax.stages import Stage
-from llc_jax.trajectory_figures import geometry_in_plane, trajectory_figure
+from llc_jax.problems.language.model import AttentionOnlyTransformer, init_params
+from llc_jax.problems.language.outputs import NextTokenOutputs, one_position
+from llc_jax.stages.boundaries import Stage
+from llc_jax.storage.checkpoints import checkpoint_steps
 
 # Rows around a mean that is not 0; the last 3 are to be projected.
 ROWS = np.random.default_rng(0).normal(np.linspace(-2, 2, 60), np.geomspace(1, 0.01, 60), (23, 60))
@@ -409,7 +410,7 @@ def test_labels_stand_beside_the_path_at_their_step():
 
 
 def test_marks_are_those_of_the_curve_in_sight():
-    ax = figures.InlineFigure().subplots()
+    ax = base.InlineFigure().subplots()
     t = closed(400)
     curve = np.stack([3 * np.cos(t), 2 * np.sin(t)], axis=1)
     ax.set(xlim=(-3.5, 3.5), ylim=(-2.2, 3.5))  # the lowest centre of the four is at -2.5
@@ -432,7 +433,7 @@ def test_every_size_of_trajectory_can_be_drawn(num, num_references, num_componen
     figure = trajectory_figure(steps, pca, references=names)
     shown = figure.axes[0].get_legend_handles_labels()[1]
     assert [name for name in shown if name.startswith("predictor")] == names
-    assert figures.png(figure, dpi=30).startswith(b"\x89PNG")
+    assert base.png(figure, dpi=30).startswith(b"\x89PNG")
     beside = trajectory_figure(steps, pca, others=[pca.scores[:3] + 1.0, 5.0 * pca.scores[:4]])
     lines = {line.get_label(): line for line in beside.axes[0].lines}
     np.testing.assert_array_equal(lines["run 3"].get_xydata(), 5.0 * pca.scores[:4, :2])
@@ -464,7 +465,7 @@ def test_a_dense_run_is_smoothed_by_the_published_filter():
 def test_components_that_vanish_can_be_drawn():
     steps, _ = drawn()
     pca = functional_pca([np.outer(np.log1p(steps), [1.0, 2.0, 3.0])])
-    assert figures.png(trajectory_figure(steps, pca), dpi=30).startswith(b"\x89PNG")
+    assert base.png(trajectory_figure(steps, pca), dpi=30).startswith(b"\x89PNG")
 
 
 def test_figures_explain_what_does_not_fit():

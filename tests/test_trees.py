@@ -13,8 +13,8 @@ from flax import core, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llc_jax import trees
-from llc_jax.checkpoints import CheckpointDir
+from llc_jax.storage import pytrees
+from llc_jax.storage.checkpoints import CheckpointDir
 
 W = np.ones(2, np.float32)
 
@@ -178,7 +178,7 @@ def test_every_dtype_comes_back_or_is_refused(tmp_path):
     for dtype in dtypes_of_jax():
         leaf = np.arange(2).astype(dtype)
         try:
-            trees.storable("params", {"w": leaf}, plain=True)
+            pytrees.storable("params", {"w": leaf}, plain=True)
         except ValueError as error:
             assert f"has dtype {dtype}" in str(error)  # noqa: PT017
         else:

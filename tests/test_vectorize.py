@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llc_jax import vectorize
+from llc_jax import parallel
 
 
 def product(trees, matrix):
@@ -29,10 +29,10 @@ def shapes_of_products(function, *args):
 @pytest.mark.parametrize("length", [1, 3])
 def test_vmap_is_that_of_jax(length):
     a, b = (jax.random.normal(jax.random.key(i), (length, 4, 4)) for i in (0, 1))
-    found = vectorize.vmap(product)({"a": a}, b)
+    found = parallel.vmap(product)({"a": a}, b)
     assert found["product"].shape == (length, 4, 4)
     assert_products(found["product"], a, b)
-    shapes = shapes_of_products(vectorize.vmap(product), {"a": a}, b)
+    shapes = shapes_of_products(parallel.vmap(product), {"a": a}, b)
     assert shapes == {"4,4" if length == 1 else "3,4,4"}
 
 
@@ -41,7 +41,7 @@ def test_map_in_batches_is_that_of_jax(batch_size):
     xs = jax.random.normal(jax.random.key(0), (5, 4, 4))
 
     def mapped(xs):
-        return vectorize.map_in_batches(lambda x: x @ x, xs, batch_size)
+        return parallel.map_in_batches(lambda x: x @ x, xs, batch_size)
 
     assert_products(mapped(xs), xs, xs)
     # Of 5 in batches of 2, one is left over: JAX maps it as a batch of its own.
@@ -52,8 +52,8 @@ def test_map_in_batches_is_that_of_jax(batch_size):
 @pytest.mark.parametrize("length", [1, 2, 7, 1000])
 def test_mean_of_pairs_has_the_same_bits_mapped_or_not(length):
     x = jax.random.normal(jax.random.key(0), (3, length)) + 100
-    alone = jax.jit(vectorize.mean_of_pairs)
-    mapped = jax.jit(jax.vmap(vectorize.mean_of_pairs))(x)
+    alone = jax.jit(parallel.mean_of_pairs)
+    mapped = jax.jit(jax.vmap(parallel.mean_of_pairs))(x)
     exact = np.mean(np.asarray(x, np.float64), axis=1)
     np.testing.assert_array_equal(mapped, [alone(row) for row in x])
     # log2(n) additions and a division, each to half a unit in the last place.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llc_jax.walls import any_dead, pushed, spread
+from llc_jax.calibration.walls import any_dead, pushed, spread
 
 
 def test_one_dead_chain_is_enough():

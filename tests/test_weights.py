@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from llc_jax import SGLD, RMSPropSGLD, weights
+from llc_jax import SGLD, RMSPropSGLD
+from llc_jax.inputs import weights
 
 SPACING = 1 / 16  # of bfloat16 from 8 to 16
 SIZE = {"w": jnp.full(5, 12.0, jnp.bfloat16)}

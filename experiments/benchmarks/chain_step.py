@@ -21,7 +21,7 @@ import numpy as np
 from experiments.benchmarks import programs, timing
 from experiments.cli import option
 from llc_jax import parallel
-from llc_jax.models.attention_only import AttentionOnlyTransformer
+from llc_jax.problems.language.model import AttentionOnlyTransformer
 
 LIMIT = 1.15
 

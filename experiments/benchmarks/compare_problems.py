@@ -18,11 +18,11 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments.benchmarks.compare_worker import SHIFT, Stored
-from llc_jax.data import regression
-from llc_jax.models import deep_linear
-from llc_jax.models.regression import RegressionTransformer, init_params
-from llc_jax.optimizers import one_cycle
-from llc_jax.posterior import mean_loss
+from llc_jax.losses import mean_loss
+from llc_jax.problems.deep_linear import model as deep_linear
+from llc_jax.problems.regression import data as regression
+from llc_jax.problems.regression.model import RegressionTransformer, init_params
+from llc_jax.training.optimizers import one_cycle
 from llc_jax.types import Batch, LossFn, Params
 
 CHECKED = 8  # examples whose losses the other side must reproduce

@@ -23,10 +23,10 @@ from experiments import settings, train_regression
 from experiments.benchmarks import timing
 from experiments.cli import option
 from llc_jax import curvature, curvature_over_checkpoints
-from llc_jax.checkpoints import CheckpointDir
-from llc_jax.krylov import maps
-from llc_jax.losses import RegressionLoss
-from llc_jax.vectors import Layout
+from llc_jax.curvature.krylov import maps
+from llc_jax.problems.regression.losses import RegressionLoss
+from llc_jax.storage.checkpoints import CheckpointDir
+from llc_jax.trees import Layout
 
 EIGENVALUE_ERROR, TRACE_ERROR = 0.01, 0.02
 TOLERANCES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)

@@ -126,7 +126,7 @@ class Transformer(nn.Module):
 
 
 class Regression(Transformer):
-    """`llc_jax.models.regression`, on the tokens (0, x_1), (y_1, 0), ..."""
+    """`llc_jax.problems.regression.model`, on the tokens (0, x_1), (y_1, 0), ..."""
 
     def __init__(self, params, options):
         super().__init__(params, options)

@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.language
 
-1. Tokens per second of `llc_jax.train.fit` on batches read from the host, with and without a mesh
-   over the devices, beside a minimal Flax and Optax loop: one jitted update per batch, the same
-   model, optimizer and batches, on one device; interleaved. Required: at least 0.9 of that loop.
+1. Tokens per second of `llc_jax.training.loop.fit` on batches read from the host, with and without
+   a mesh over the devices, beside a minimal Flax and Optax loop: one jitted update per batch, the
+   same model, optimizer and batches, on one device; interleaved. Required: at least 0.9 of it.
 2. Memory of λ̂ of the published model, 3,355,016 parameters and context 1,024, with 4 chains on one
    device: what the compiler reserves, and the peak of a process that runs a few draws.
    Required: below 12 GiB.
@@ -21,10 +21,12 @@ import optax
 from experiments.benchmarks import programs, timing
 from experiments.benchmarks.memory import KILOBYTE
 from experiments.cli import option
-from llc_jax import SGLD, estimate_llc, optimizers, parallel, train
-from llc_jax.data.batches import TokenBatches
-from llc_jax.language_losses import LanguageLoss
-from llc_jax.models.attention_only import AttentionOnlyTransformer, init_params
+from llc_jax import SGLD, estimate_llc, parallel
+from llc_jax.problems.language.losses import LanguageLoss
+from llc_jax.problems.language.model import AttentionOnlyTransformer, init_params
+from llc_jax.training import loop as train
+from llc_jax.training import optimizers
+from llc_jax.training.batches import TokenBatches
 
 
 @dataclasses.dataclass(frozen=True)

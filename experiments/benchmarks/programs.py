@@ -10,14 +10,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llc_jax import SGLD
-from llc_jax.data import regression as regression_data
-from llc_jax.language_losses import LanguageLoss
-from llc_jax.losses import RegressionLoss
-from llc_jax.models import attention_only
-from llc_jax.models import regression as regression_models
+from llc_jax.losses import mean_loss
 from llc_jax.parallel import CHAIN, CHECKPOINT
-from llc_jax.posterior import mean_loss
-from llc_jax.sampling import Plan, sample
+from llc_jax.problems.language import model as attention_only
+from llc_jax.problems.language.losses import LanguageLoss
+from llc_jax.problems.regression import data as regression_data
+from llc_jax.problems.regression import model as regression_models
+from llc_jax.problems.regression.losses import RegressionLoss
+from llc_jax.sampling.chain import Plan
+from llc_jax.sampling.program import sample
 
 
 class Problem(NamedTuple):
@@ -112,7 +113,7 @@ def shardings(values: tuple, mesh: Mesh) -> tuple:
 
 
 def lower_sample(args: tuple, loss_fn, plan: Plan, chains: int, mesh: Mesh):
-    """Lowers `llc_jax.sampling.sample` for arguments or shapes; `compile` is up to the caller."""
+    """Lowers `sampling.program.sample` for arguments or shapes; `compile` is up to the caller."""
     return sample.lower(
         *args, loss_fn=loss_fn, stream=None, plan=plan, num_chains=chains, mesh=mesh
     )

@@ -23,7 +23,8 @@ from experiments import estimate_llc, train_regression
 from experiments.benchmarks import programs, timing
 from experiments.cli import option
 from experiments.training import schedule
-from llc_jax import anchors, parallel
+from llc_jax import parallel
+from llc_jax.sampling import anchors
 
 COLLECTIVES = re.compile(
     r"\b(all-reduce|all-gather|reduce-scatter|collective-permute|collective-broadcast|all-to-all"

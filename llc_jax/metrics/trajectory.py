@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llc_jax.smoothing import smooth_curve
+from llc_jax.stages.smoothing import smooth_curve
 
 _EPS = float(np.finfo(np.float64).eps)
 

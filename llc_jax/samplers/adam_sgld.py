@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from llc_jax.samplers.langevin import langevin_step
 from llc_jax.samplers.rmsprop_sgld import inverse_root, moving_average, start_square
+from llc_jax.trees import widest
 from llc_jax.types import Evaluation, Params
-from llc_jax.vectors import widest
 
 
 class AdamSGLDState(NamedTuple):

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
+from llc_jax.trees import apply_mask, at_least_float32, standard_normal_like, widest
 from llc_jax.types import Evaluation, Params
-from llc_jax.vectors import widest
 
 
 class BAOABState(NamedTuple):

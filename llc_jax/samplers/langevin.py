@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from llc_jax.posterior import apply_mask, at_least_float32, standard_normal_like
+from llc_jax.trees import apply_mask, at_least_float32, standard_normal_like, vdot
 from llc_jax.types import Evaluation, Params
-from llc_jax.vectors import vdot
 
 
 def langevin_step(

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llc_jax.posterior import displacement
 from llc_jax.samplers.langevin import langevin_log_acceptance, langevin_step
+from llc_jax.trees import displacement
 from llc_jax.types import Evaluation, Params
 
 

@@ -6,10 +6,9 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from llc_jax.posterior import at_least_float32
 from llc_jax.samplers.langevin import langevin_step
+from llc_jax.trees import at_least_float32, widest
 from llc_jax.types import Evaluation, Params
-from llc_jax.vectors import widest
 
 
 class RMSPropSGLDState(NamedTuple):
@@ -42,7 +41,7 @@ class RMSPropSGLD(NamedTuple):
     ε G Λ < 4, variance 1 / (Λ (1 - ε G Λ/4)). But G adapts: where ε is too large the gradient
     grows, G shrinks, and the chain settles at the edge of stability on a level trace far above
     the right one. The stability number of the estimate, the largest eigenvalue of ε G^½ Λ G^½,
-    tells (see `llc_jax.stability`).
+    tells (see `llc_jax.sampling.stability`).
 
     Smaller steps do not make it right. G moves with w, and the term ∂G/∂w is left out as in both
     originals, so the law is that of a fixed G only if V remembers, 1 / (1 - decay) steps, much

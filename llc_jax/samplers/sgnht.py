@@ -6,10 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llc_jax.posterior import apply_mask, standard_normal_like
 from llc_jax.samplers.baoab import advance, at_rest, kick, stir
+from llc_jax.trees import apply_mask, standard_normal_like, vdot, widest
 from llc_jax.types import Evaluation, Params
-from llc_jax.vectors import vdot, widest
 
 
 class SGNHTState(NamedTuple):

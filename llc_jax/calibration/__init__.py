@@ -1,0 +1,1 @@
+"""Settings for an estimate: proposed from pilot chains and a grid, with reasons."""

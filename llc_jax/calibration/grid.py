@@ -1,0 +1,219 @@
+"""The grid of settings that a calibration samples, and the rehearsal of what it proposes.
+
+Symbols as in `llc_jax.calibration.pilot`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llc_jax.calibration.incurable import refuse_incurable
+from llc_jax.calibration.pilot import VARIES, Pilot, fitted, relaxation_steps, stiffness_of
+from llc_jax.calibration.sweep import RELAXATIONS, Sensitivity, Sweep, plateau, proposed_row
+from llc_jax.calibration.walls import any_dead, spread
+from llc_jax.llc.estimators import estimate_llc_over_settings
+from llc_jax.samplers import SGLD
+
+MAX_SWEEPS = 4  # while chains die
+MAX_REHEARSALS = 10
+STRESS = 4.0  # times the proposed step size must be survived,
+WILD = 16.0  # or so many times where ends of chains differ by as much in curvature,
+LIMIT = 1.6  # but for ε Λ above this, which kills where nothing is wrong: quadratics end at 4
+REHEARSAL = 10  # lengths of a grid
+
+
+class Choice(NamedTuple):
+    """What to run.
+
+    Attributes:
+      cell: index [E, B, G].
+      stiffness: Λ to be assumed there.
+      sensitivity: how the estimate depends on the choice.
+      warnings: one sentence each.
+      num_rehearsals: that it took.
+    """
+
+    cell: tuple[int, int, int]
+    stiffness: float
+    sensitivity: Sensitivity
+    warnings: list[str]
+    num_rehearsals: int
+
+
+def stiffest_of(sweep: Sweep, cell: tuple[int, int, int]) -> float:
+    """Λ of a setting: the largest that pilots or its own chains met."""
+    before, step_size = sweep.stiffness[cell[1:]], sweep.step_sizes[cell]
+    found = stiffness_of([sweep.estimates[cell]], step_size, before)
+    return max(float(before), float(found[0]))
+
+
+def _steep(factor: float) -> list[str]:
+    if factor < STRESS:
+        return []
+    return [
+        f"The walls around the anchor are steeper than where chains mostly are: the step size is"
+        f" {factor:.2g} times smaller than the curvature there asks for, so that longer chains with"
+        " larger steps survived a rehearsal. Should one die all the same, raise localization."
+    ]
+
+
+class Grid(NamedTuple):
+    """What is tried, with one Λ for each nbeta and localization.
+
+    Attributes:
+      pilot: the problem.
+      fractions: [E] ε Λ.
+      nbetas: [B].
+      localizations: [G].
+      num_draws: draws of a chain after the burn-in, which is that of the pilot.
+    """
+
+    pilot: Pilot
+    fractions: np.ndarray
+    nbetas: np.ndarray
+    localizations: np.ndarray
+    num_draws: int
+
+    def run(self, rng_key, sampler, nbetas, localizations, steps, **changes: Any) -> np.ndarray:
+        """[K] estimates, all settings in one program."""
+        pilot = self.pilot
+        found = estimate_llc_over_settings(
+            rng_key, pilot.loss_fn, pilot.params, pilot.data,
+            sampler=fitted(sampler, steps, localizations), nbeta=nbetas,
+            localization=localizations, num_draws=self.num_draws, num_burnin=pilot.num_burnin,
+            **{**pilot.options, **changes},
+        )  # fmt: skip
+        refuse_incurable(found)
+        return found
+
+    def sample(self, rng_key: jax.Array, stiffness: np.ndarray) -> Sweep:
+        """Samples the grid, and the control at nbeta = 0, whose law is known.
+
+        Args:
+          rng_key: consumed.
+          stiffness: [B, G] Λ.
+        """
+        sampler, row = self.pilot.sampler, proposed_row(self.fractions)
+        shape = (self.fractions.size, *stiffness.shape)
+        cells = np.array(np.meshgrid(self.nbetas, self.localizations, indexing="ij"))
+        cells = cells.reshape(2, -1)
+        steps = self.fractions[:, None, None] / stiffness
+        grid = *np.tile(cells, self.fractions.size), steps.ravel()
+        free = np.zeros_like(self.localizations)
+        control = free, self.localizations, self.fractions[row] / self.localizations
+        if hasattr(sampler, "preconditioner"):  # its law is not known
+            both = self.run(rng_key, sampler, *grid), self.run(rng_key, SGLD(1.0), *control)
+            estimates = np.concatenate(both)
+        else:  # one program for both
+            both = zip(grid, control, strict=True)
+            estimates = self.run(rng_key, sampler, *(np.concatenate(x) for x in both))
+        size = steps.size
+        return Sweep(
+            step_fractions=self.fractions,
+            nbetas=self.nbetas,
+            localizations=self.localizations,
+            step_sizes=steps,
+            stiffness=stiffness,
+            relaxations=self.relaxations(steps),
+            estimates=estimates[:size].reshape(shape),
+            control=estimates[size:],
+        )
+
+    def relaxations(self, step_sizes: np.ndarray) -> np.ndarray:
+        """[..., G] length of the burn-in in relaxation times, for step sizes of that shape."""
+        gammas = np.broadcast_to(self.localizations, step_sizes.shape)
+        tuned = fitted(self.pilot.sampler, step_sizes, gammas)
+        return self.pilot.num_burnin / relaxation_steps(tuned, gammas)
+
+    def sample_alive(self, rng_key: jax.Array, stiffness: np.ndarray) -> tuple[Sweep, int]:
+        """Samples, again with smaller steps where chains died, if those relax or all died.
+
+        Returns:
+          (the last `Sweep`, settings sampled on the way).
+        """
+        row, spent = proposed_row(self.fractions), 0
+        for _ in range(MAX_SWEEPS):
+            sweep = self.sample(rng_key, stiffness)
+            spent += sweep.estimates.size + sweep.control.size
+            dead = any_dead(sweep.estimates[row].ravel()).reshape(stiffness.shape)
+            stiffer = np.where(dead, STRESS * stiffness, stiffness)
+            relaxed = self.relaxations(self.fractions[row] / stiffer) >= RELAXATIONS
+            if not (dead & (relaxed | dead.all())).any():
+                break
+            stiffness = stiffer
+        return sweep, spent
+
+    def stiffened(self, sweep: Sweep, chosen: tuple[int, int, int], stiffness: float) -> Sweep:
+        """`sweep` with another Λ for one setting, and with what that leaves of its burn-in."""
+        demanded = sweep.stiffness.copy()
+        demanded[chosen[1:]] = stiffness
+        left = self.relaxations(self.fractions[:, None, None] / demanded)
+        return sweep._replace(stiffness=demanded, relaxations=left)
+
+    def rehearsed(self, rng_key: jax.Array, sweep: Sweep, at_anchor: float) -> tuple[Choice, Sweep]:
+        """Chooses a setting; a smaller step or another setting where long chains do not survive.
+
+        Args:
+          rng_key: consumed.
+          sweep: the grid.
+          at_anchor: the largest eigenvalue of H there.
+
+        Returns:
+          (`Choice`, the `Sweep` with what rehearsals demand).
+
+        Raises:
+          ValueError: if no step size was small enough.
+        """
+        for number in range(MAX_REHEARSALS):
+            cell, found, warnings = plateau(sweep)
+            nbeta, gamma = float(self.nbetas[cell[1]]), float(self.localizations[cell[2]])
+            fraction, met = float(self.fractions[cell[0]]), stiffest_of(sweep, cell)
+            stress = self.stress(sweep, cell, at_anchor * nbeta + gamma)
+            if stress == 0:
+                return Choice(cell, met, found, warnings, number), sweep
+            step_size = max(fraction, min(stress * fraction, LIMIT)) / met
+            if self.survives(jax.random.fold_in(rng_key, number), nbeta, gamma, step_size):
+                safe = max(met, fraction * stress / step_size) if stress > STRESS else met
+                warnings += _steep(safe * sweep.step_sizes[cell] / fraction)
+                return Choice(cell, safe, found, warnings, number + 1), sweep
+            sweep = self.stiffened(sweep, cell, STRESS * met)
+        raise ValueError(
+            f"long chains died in {MAX_REHEARSALS} rehearsals, the last with localization"
+            f" {gamma:.3g} and step size {step_size:.2g}: the loss rises too steeply around the"
+            f" anchor. Give a larger localization, such as {10 * self.localizations[-1]:.2g}, or a"
+            " larger num_burnin, which affords smaller steps."
+        )
+
+    def stress(self, sweep: Sweep, cell: tuple[int, int, int], at_anchor: float) -> float:
+        """How many times the step size long chains must survive; 0 if curvature is all the same.
+
+        Args:
+          sweep: the grid.
+          cell: index [E, B, G].
+          at_anchor: Λ there.
+        """
+        column, steps = sweep.estimates[:, *cell[1:]], sweep.step_sizes[:, *cell[1:]]
+        met = np.concatenate([e.stability / step for e, step in zip(column, steps, strict=True)])
+        pilots = sweep.stiffness[cell[1:]]
+        if not any_dead(column).any() and spread(met, at_anchor, pilots) <= VARIES:
+            return 0.0
+        return WILD if spread(met, pilots) > WILD else STRESS
+
+    def survives(self, rng_key: jax.Array, nbeta: float, localization: float, step_size) -> bool:
+        """Whether long chains at one setting with larger steps than proposed all stay finite.
+
+        How often chains meet walls steep enough to kill falls fast with the step size.
+
+        Args:
+          rng_key: consumed.
+          nbeta: scalar.
+          localization: scalar.
+          step_size: that of the rehearsal.
+        """
+        one: list[Any] = [np.full(1, float(x)) for x in (nbeta, localization, step_size)]
+        dropped = {"parts_fn": None, "collect": None}
+        found = self.run(
+            rng_key, self.pilot.sampler, *one, thinning=REHEARSAL, num_probes=0, **dropped
+        )
+        return not any_dead(found)[0]

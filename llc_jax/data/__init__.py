@@ -1,1 +1,0 @@
-"""Data of the two settings of the paper."""

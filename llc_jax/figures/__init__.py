@@ -1,0 +1,1 @@
+"""Arrays to matplotlib figures; nothing is read, written or computed but layout."""

@@ -1,0 +1,1 @@
+"""What people hand in: checked, and made into arrays, before anything compiles."""

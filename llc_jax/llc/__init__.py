@@ -1,0 +1,1 @@
+"""The local learning coefficient: how it is estimated, how sure it is, and what it is worth."""

@@ -1,1 +1,0 @@
-"""Flax Linen models; their params are plain dicts."""

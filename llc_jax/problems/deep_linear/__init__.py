@@ -1,0 +1,1 @@
+"""Deep linear networks: singular models whose learning coefficient is known."""

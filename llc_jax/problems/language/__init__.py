@@ -1,0 +1,1 @@
+"""An attention-only transformer that predicts the next token."""

@@ -1,0 +1,1 @@
+"""A transformer that learns linear regression in context."""

@@ -1,0 +1,1 @@
+"""Chains: the posterior that they sample, one chain as a scan, many as one program."""

@@ -1,0 +1,1 @@
+"""Training: optimizers, batches, and a loop that runs blocks of steps as one program."""
