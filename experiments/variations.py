@@ -127,7 +127,7 @@ def evaluated(estimate, anchor_loss: float):
       estimate: whose `collected` is a loss, [chain, burn-in + draw].
       anchor_loss: the same of the anchor.
     """
-    from llc_jax.llc.diagnostics import diagnose
+    from llc_jax.diagnostics import diagnose
 
     losses = np.asarray(estimate.collected, float)[:, estimate.burnin_losses.shape[1] :]
     finite = estimate.diverged_at < 0

@@ -1,8 +1,9 @@
 """llc_jax: local learning coefficients of JAX models. The public names, and nothing else."""
 
-from llc_jax import curvature
+from llc_jax import curvature, observables
 from llc_jax.calibration.calibrate import calibrate
 from llc_jax.curvature.over_checkpoints import Curvature, curvature_over_checkpoints
+from llc_jax.inputs.masks import mask_by_path
 from llc_jax.inputs.tie import tie
 from llc_jax.llc.estimate import LLCEstimate
 from llc_jax.llc.estimators import (
@@ -43,6 +44,8 @@ __all__ = [
     "extrapolate_step_size",
     "find_plateaus",
     "find_stages",
+    "mask_by_path",
+    "observables",
     "smooth_curve",
     "tie",
 ]

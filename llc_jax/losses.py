@@ -1,27 +1,10 @@
 """Losses of examples, their mean over a minibatch, and how far they lie above the anchor's."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from llc_jax.trees import at_least_float32
 from llc_jax.types import Batch, LossFn, Params, PartsFn
-
-
-class Gaps(NamedTuple):
-    """How far losses at w are above those at w*, example by example and then averaged.
-
-    Rounding of a loss is of the size of the loss; the difference of two losses of one example is
-    exact where they are close, that of two means is not.
-
-    Attributes:
-      loss: scalar, mean of the differences.
-      parts: [part] the same of each part; None without `parts_fn`.
-    """
-
-    loss: jax.Array
-    parts: jax.Array | None
 
 
 def mean_loss(loss_fn: LossFn, params: Params, batch: Batch) -> jax.Array:
@@ -34,46 +17,53 @@ def losses_of(loss_fn: LossFn | PartsFn, params: Params, batch: Batch) -> jax.Ar
     return at_least_float32(loss_fn(params, batch))
 
 
+def map_examples(function: PartsFn, params: Params, data: Batch, chunk: int) -> jax.Array:
+    """Returns `function` of all examples, `chunk` at a time: [n, ...], at least float32."""
+    n = num_examples(data)
+    if n <= chunk:
+        return losses_of(function, params, data)
+    # The last chunk begins anew: all are of one shape.
+    rows = (jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32) % n).reshape(-1, chunk)
+    found = jax.lax.map(lambda r: losses_of(function, params, take(data, r)), rows)
+    return found.reshape(-1, *found.shape[2:])[:n]
+
+
 def loss_and_grad(
     loss_fn: LossFn,
     params: Params,
     batch: Batch,
     grad_accum: int = 1,
-    parts_fn: PartsFn | None = None,
     anchor_losses: jax.Array | None = None,
-    anchor_parts: jax.Array | None = None,
-) -> tuple[jax.Array, Params, Gaps]:
+) -> tuple[jax.Array, Params, jax.Array]:
     """Minibatch mean loss and its gradient, accumulated over `grad_accum` equal micro-batches.
+
+    Rounding of a loss is of the size of the loss. The difference of two losses of one example is
+    exact where they are close, that of two means is not: so gaps are taken example by example.
 
     Args:
       loss_fn: per-example losses.
       params: where to evaluate.
       batch: leading axis a multiple of `grad_accum`.
       grad_accum: number of micro-batches; the peak memory is that of one of them.
-      parts_fn: parts of the per-example losses, optional.
       anchor_losses: [batch] losses of w* on the same examples; None for 0.
-      anchor_parts: [batch, part] parts of them; None for 0.
 
     Returns:
-      (loss, a scalar, at least float32; gradient like params but at least float32; `Gaps`).
+      (loss, a scalar, at least float32; gradient like params but at least float32; mean of loss
+      minus anchor loss, a scalar).
     """
 
     def one(micro):
-        batch, anchor_losses, anchor_parts = micro
+        batch, anchor_losses = micro
 
-        # Differentiated together, so that the compiler sees one forward pass, not two.
         def means(p):
-            losses, parts = losses_of(loss_fn, p, batch), None
+            losses = losses_of(loss_fn, p, batch)
             gaps = losses if anchor_losses is None else losses - anchor_losses
-            if parts_fn is not None:
-                parts = losses_of(parts_fn, p, batch)
-                parts = jnp.mean(parts if anchor_parts is None else parts - anchor_parts, axis=0)
-            return jnp.mean(losses), Gaps(jnp.mean(gaps), parts)
+            return jnp.mean(losses), jnp.mean(gaps)
 
-        (loss, gaps), grad = jax.value_and_grad(means, has_aux=True)(params)
-        return loss, jax.tree.map(at_least_float32, grad), gaps
+        (loss, gap), grad = jax.value_and_grad(means, has_aux=True)(params)
+        return loss, jax.tree.map(at_least_float32, grad), gap
 
-    everything = batch, anchor_losses, anchor_parts
+    everything = batch, anchor_losses
     if grad_accum == 1:
         return one(everything)
     micros = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), everything)

@@ -61,7 +61,7 @@ class Evaluation(NamedTuple):
       drift: `nbeta * grad + localization * (w - w*)`, like params, zero where masked: the
         gradient of the negative log posterior.
       nbeta: weight of `grad` in `drift`, scalar.
-      gaps: `posterior.Gaps`, L_B(w) - L_B(w*) and that of the parts of the loss.
+      gap: mean of L_B(w) - L_B(w*), subtracted example by example, scalar.
     """
 
     loss: jax.Array
@@ -69,7 +69,7 @@ class Evaluation(NamedTuple):
     grad: Params
     drift: Params
     nbeta: jax.Array
-    gaps: Any = None
+    gap: jax.Array | None = None
 
 
 class Sampler(Protocol):

@@ -122,11 +122,10 @@ def test_noise_from_outside_of_jax_is_found_in_a_full_batch_too():
 def test_each_loss_is_that_of_its_example_and_again_in_other_company():
     data = {"x": X, "y": NOISY}
     again = anchors.rows_again(N, 32, 8)
-    losses, parts, more = anchors.losses_at(
+    losses, more = anchors.losses_at(
         {"w": np.stack([ANCHOR["w"], BEST["w"]])}, data, again,
-        loss_fn=squares, parts_fn=None, mesh=parallel.make_mesh(2, 1),
+        loss_fn=squares, mesh=parallel.make_mesh(2, 1),
     )  # fmt: skip
-    assert parts is None
     np.testing.assert_allclose(losses[1], squares(BEST, data), rtol=1e-5)
     assert more.shape == (2, 3, anchors.NUM_AGAIN, 8)
     np.testing.assert_allclose(more[:, 0], np.asarray(losses)[:, again], rtol=1e-5)

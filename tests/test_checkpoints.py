@@ -326,7 +326,8 @@ def test_unreadable_but_intact_files_are_explained(directory):
 KILLED_SAVE = """
     import pathlib, sys, time
     import numpy as np
-    from llc_jax import checkpoints, trees
+    from llc_jax.storage import checkpoints
+    from llc_jax.storage import pytrees as trees
 
     folder, hook = sys.argv[1:]
     directory = checkpoints.CheckpointDir(folder, writer=True)

@@ -25,7 +25,7 @@ from llc_jax import (
     estimate_llc_over_settings,
 )
 from llc_jax.parallel import CHAIN, CHECKPOINT
-from llc_jax.sampling.posterior import evaluate
+from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.sampling.program import sample
 from llc_jax.types import Evaluation
 
@@ -73,7 +73,9 @@ def loss_of_all(params, batch):
 def posterior(mask=None):
     def at(params):
         scalars = jnp.float32(5.0), jnp.float32(1.0)
-        return evaluate(loss_of_all, params, jnp.ones(2), ANCHOR, *scalars, mask)
+        return evaluate(
+            loss_of_all, LocalPosterior(ANCHOR, *scalars, mask), params, jnp.ones(2)
+        )
 
     return at
 

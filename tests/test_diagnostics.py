@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from llc_jax.llc.diagnostics import (
+from llc_jax.diagnostics import (
     MAX_BELOW_ANCHOR,
     MAX_DISTANCE_GROWTH,
     MAX_DRIFT,

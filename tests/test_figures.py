@@ -101,21 +101,21 @@ def test_loss_and_baselines_are_those_given(ax):
 
 
 def test_llc_points_bars_and_curve_are_those_given(ax):
-    llc, stderr = np.array([-2.0, 1.0, 3.0, 6.0, 9.0]), np.array([0.5, 0.1, np.nan, 0.2, 0.3])
+    values, stderr = np.array([-2.0, 1.0, 3.0, 6.0, 9.0]), np.array([0.5, 0.1, np.nan, 0.2, 0.3])
     steps = np.array([0, 1, 10, 100, 1000])
-    curve = smooth_curve(steps, llc, stderr)
-    llc.llc_over_steps(ax, steps, llc, stderr, curve)
+    curve = smooth_curve(steps, values, stderr)
+    llc.llc_over_steps(ax, steps, values, stderr, curve)
     points, _, (bars,) = labelled(ax)[base.LLC + " ± 1 s.e."]
-    np.testing.assert_array_equal(points.get_xydata(), np.c_[steps, llc])
+    np.testing.assert_array_equal(points.get_xydata(), np.c_[steps, values])
     (low, high) = bars.get_segments()[0][:, 1]
     assert (low, high) == (-2.5, -1.5)
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), np.c_[curve.steps, curve.mean])
 
 
 def test_diverged_checkpoints_are_marked_not_hidden(ax):
-    llc = np.array([1.0, np.nan, 3.0, np.nan])
+    values = np.array([1.0, np.nan, 3.0, np.nan])
     llc.llc_over_steps(
-        ax, [1, 2, 3, 4], llc, [0.1, np.nan, 0.1, np.nan], diverged=[False, True, True, True]
+        ax, [1, 2, 3, 4], values, [0.1, np.nan, 0.1, np.nan], diverged=[False, True, True, True]
     )
     shown = labelled(ax)
     assert shown["some chains diverged"].get_xydata().tolist() == [[3, 3.0]]

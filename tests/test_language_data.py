@@ -121,7 +121,7 @@ def test_training_merges_the_most_frequent_pair_first():
 
 def test_training_is_the_same_in_another_process():
     code = (
-        "import sys, json; from llc_jax.data import bpe;"
+        "import sys, json; from llc_jax.problems.language import bpe;"
         "print(bpe.train_bpe(json.load(sys.stdin), 320).backend.to_str())"
     )
     here = bpe.train_bpe(TEXTS, 320).backend.to_str()

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from llc_jax import SGLD, LLCEstimate, Stream, estimate_llc, estimate_llc_over_checkpoints
-from llc_jax.llc.diagnostics import mean_stderr
+from llc_jax.diagnostics import mean_stderr
 from llc_jax.parallel import make_mesh
 
 DIM = 8

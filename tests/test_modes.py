@@ -31,7 +31,9 @@ from llc_jax import (
 )
 from llc_jax.ambient import own_key
 from llc_jax.curvature.over_checkpoints import curvature_over_checkpoints
+from llc_jax.observables import LossGap, LossTerms
 from llc_jax.sampling.chain import Plan, sample_chain
+from llc_jax.sampling.posterior import LocalPosterior
 from llc_jax.trees import at_least_float32
 
 SAMPLERS = {
@@ -153,18 +155,21 @@ def test_every_sampler_traces_with_weights_of_any_two_dtypes(a, b, data):
         params, examples = jax.tree.map(jnp.asarray, (params, examples))
         scalars = jnp.float64(10.0), jnp.float64(1.0)
         losses, parts = net_loss(params, examples), net_parts(params, examples)
+        here = LocalPosterior(params, *scalars)
+        observables = {"gap": LossGap(), "parts": LossTerms(net_parts)}
         for sampler in SAMPLERS.values():
             sampler = jax.tree.map(jnp.float64, sampler)
             trace = jax.eval_shape(
                 lambda sampler=sampler: sample_chain(
-                    KEY, net_loss, params, examples, losses, parts, sampler, *scalars, None, plan,
-                    net_parts,
+                    KEY, net_loss, here, examples, losses, {"gap": None, "parts": parts}, sampler,
+                    plan, observables,
                 )
             )  # fmt: skip
-            for losses_of_draws in (trace.losses, trace.gaps, trace.part_gaps):
+            found, parts_found = trace.observed["gap"], trace.observed["parts"]
+            for losses_of_draws in (found.loss, found.gap, parts_found):
                 assert losses_of_draws.dtype == data
             widest = np.float64 if np.float64 in (a, b) else np.float32
-            assert trace.distance.dtype == widest
+            assert found.distance.dtype == widest
             assert trace.stability.diagonal.dtype == widest
 
 

@@ -15,7 +15,7 @@ import pytest
 from laws import assert_chains_agree, assert_within_4_stderr
 
 from llc_jax import BAOAB, MALA, SGLD, SGNHT, estimate_llc, estimate_llc_over_settings
-from llc_jax.llc.diagnostics import mean_stderr
+from llc_jax.diagnostics import mean_stderr
 
 ROWS = [(1, 0), (1, 1), (1, 2), (2, 2), (1, 3), (3, 3), (2, 0)]
 NBETA = [10.0, 100.0]

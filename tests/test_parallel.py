@@ -137,12 +137,12 @@ def test_the_program_has_no_collectives_and_splits_both_axes(rows, columns, monk
     assert "while" in text  # it is the program with the scan
     assert not COLLECTIVES.search(text)
     trace = compiled(*positional)
-    assert trace.losses.shape == (2, 4, 15)
-    shard = trace.losses.sharding.shard_shape(trace.losses.shape)
-    assert shard == (2 // rows, 4 // columns, 15)
-    assert len(trace.losses.sharding.device_set) == 4
+    losses = trace.observed["loss_gap"].loss
+    assert losses.shape == (2, 4, 15)
+    assert losses.sharding.shard_shape(losses.shape) == (2 // rows, 4 // columns, 15)
+    assert len(losses.sharding.device_set) == 4
     # Checkpoints and their losses arrive split as well: no device holds more than it samples.
-    for leaf in jax.tree.leaves(positional[2:4]):
+    for leaf in jax.tree.leaves(positional[1:4]):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 2 // rows
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llc_jax import default_nbeta
 from llc_jax.losses import loss_and_grad, losses_of, mean_loss
-from llc_jax.sampling.posterior import evaluate
+from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.trees import apply_mask, at_least_float32, displacement, standard_normal_like
 
 
@@ -108,9 +108,8 @@ def test_gradients_of_half_precision_weights_are_accumulated_in_float32(grad_acc
 @pytest.mark.parametrize(("nbeta", "localization"), [(1.0, 0.0), (0.0, 3.0), (120.0, 7.0)])
 def test_drift_is_the_gradient_of_the_negative_log_posterior(nbeta, localization):
     params, anchor = tanh_params(0), tanh_params(1)
-    here = evaluate(
-        tanh_loss, params, REGRESSION, anchor, jnp.float32(nbeta), jnp.float32(localization)
-    )
+    posterior = LocalPosterior(anchor, jnp.float32(nbeta), jnp.float32(localization))
+    here = evaluate(tanh_loss, posterior, params, REGRESSION)
     expected = jax.grad(energy)(params, anchor, nbeta, localization)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), here.drift, expected)
     loss_gradient = jax.grad(energy)(params, anchor, 1.0, 0.0)
@@ -124,17 +123,20 @@ def test_energy_is_the_negative_log_posterior_above_the_anchor(nbeta, localizati
     anchor_losses = losses_of(tanh_loss, anchor, REGRESSION)
     anchor_loss = mean_loss(tanh_loss, anchor, REGRESSION)
     scalars = jnp.float32(nbeta), jnp.float32(localization)
-    here = evaluate(tanh_loss, params, REGRESSION, anchor, *scalars, anchor_losses=anchor_losses)
+    posterior = LocalPosterior(anchor, *scalars)
+    here = evaluate(tanh_loss, posterior, params, REGRESSION, anchor_losses=anchor_losses)
     expected = energy(params, anchor, nbeta, localization) - nbeta * anchor_loss
     assert here.energy == pytest.approx(float(expected), rel=1e-5)
     # Losses of small integers have no rounding, whoever multiplies: nothing is left at the anchor.
     exact = losses_of(regression_loss, WEIGHTS, REGRESSION)
-    start = evaluate(regression_loss, WEIGHTS, REGRESSION, WEIGHTS, *scalars, anchor_losses=exact)
+    posterior = LocalPosterior(WEIGHTS, *scalars)
+    start = evaluate(regression_loss, posterior, WEIGHTS, REGRESSION, anchor_losses=exact)
     assert start.energy == 0.0
     assert here.nbeta == nbeta
     # Only what is sampled is pulled; the loss is that of all weights.
     mask = {"in": {"kernel": 0, "bias": 1}, "out": np.array([1, 0, 0, 1])}
-    held = evaluate(tanh_loss, params, REGRESSION, anchor, *scalars, mask, 1, anchor_losses)
+    posterior = LocalPosterior(anchor, *scalars, mask)
+    held = evaluate(tanh_loss, posterior, params, REGRESSION, anchor_losses=anchor_losses)
     away = [
         params["in"]["bias"] - anchor["in"]["bias"],
         (params["out"] - anchor["out"])[np.array([0, 3])],
@@ -149,8 +151,8 @@ def test_a_mask_zeroes_gradient_and_drift_and_leaves_the_rest_alone():
     params, anchor = tanh_params(0), tanh_params(1)
     mask = {"in": {"kernel": np.arange(12).reshape(3, 4) % 2, "bias": 1.0}, "out": False}
     scalars = jnp.float32(30.0), jnp.float32(2.0)
-    free = evaluate(tanh_loss, params, REGRESSION, anchor, *scalars)
-    held = evaluate(tanh_loss, params, REGRESSION, anchor, *scalars, mask)
+    free = evaluate(tanh_loss, LocalPosterior(anchor, *scalars), params, REGRESSION)
+    held = evaluate(tanh_loss, LocalPosterior(anchor, *scalars, mask), params, REGRESSION)
     assert held.loss == free.loss
 
     def check(m, with_mask, without):
@@ -169,8 +171,9 @@ def test_a_masked_nan_does_not_leak():
     anchor = {"a": jnp.float32(1.0), "b": jnp.float32(np.nan)}
     batch = jnp.ones(4)
     scalars = jnp.float32(10.0), jnp.float32(3.0)
-    assert np.isnan(evaluate(loss, params, batch, anchor, *scalars).drift["b"])
-    held = evaluate(loss, params, batch, anchor, *scalars, {"a": 1, "b": 0})
+    assert np.isnan(evaluate(loss, LocalPosterior(anchor, *scalars), params, batch).drift["b"])
+    posterior = LocalPosterior(anchor, *scalars, {"a": 1, "b": 0})
+    held = evaluate(loss, posterior, params, batch)
     assert held.grad == {"a": 4.0, "b": 0.0}
     assert held.drift == {"a": 10.0 * 4.0 + 3.0 * 1.0, "b": 0.0}
 

@@ -10,7 +10,7 @@ from llc_jax import MALA, SGLD, AdamSGLD, RMSPropSGLD, estimate_llc
 from llc_jax.inputs import weights
 from llc_jax.llc import soundness
 from llc_jax.sampling import probe
-from llc_jax.sampling.posterior import evaluate
+from llc_jax.sampling.posterior import LocalPosterior, evaluate
 
 ANCHOR = {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array(0.25)}
 ONES = {"x": jnp.ones(4)}
@@ -27,9 +27,8 @@ def polynomial(degree):
 def looked_at(loss_fn, params, sampler, new=None, mask=None, probing=True):
     def posterior(w):
         losses = loss_fn(ANCHOR, ONES)
-        return evaluate(
-            loss_fn, w, ONES, ANCHOR, jnp.array(3.0), jnp.array(1.0), mask, anchor_losses=losses
-        )
+        here = LocalPosterior(ANCHOR, jnp.array(3.0), jnp.array(1.0), mask)
+        return evaluate(loss_fn, here, w, ONES, anchor_losses=losses)
 
     state = sampler.init(params)
     here = posterior(params)

@@ -221,7 +221,7 @@ def test_names_of_a_foreign_file_system_can_be_written():
     assert b"/runs/\\udcff" in text.encode()
 
 
-@pytest.mark.parametrize("changed", ["stages.py", "smoothing.py", "a result"])
+@pytest.mark.parametrize("changed", ["boundaries.py", "smoothing.py", "a result"])
 def test_stages_are_found_again_after_a_change(tmp_path, monkeypatch, changed):
     sweep = make_sweep()
     for i, step in enumerate(sweep.checkpoint.values):

@@ -151,6 +151,11 @@ def collect(params, batch):
     }
 
 
+def with_collected(made, values):
+    observed = made.observed["collected"]._replace(values=values)
+    return dataclasses.replace(made, observed={"collected": observed})
+
+
 def test_what_collect_recorded_is_kept(tmp_path):
     """All of it, burn-in included, by the paths of the leaves, and in the same dtypes."""
     made = estimate(collect=collect)
@@ -172,10 +177,10 @@ def test_what_collect_recorded_is_kept(tmp_path):
             assert found.dtype == values.dtype
             np.testing.assert_array_equal(found, values)
     assert dataset["collected.w"].shape == (4, 17, 3)
-    alone = dataclasses.replace(made, collected=made.collected["w"])
+    alone = with_collected(made, made.collected["w"])
     np.testing.assert_array_equal(alone.to_xarray()["collected"], made.collected["w"])
     same = {"a.b": made.collected["w"], "a": {"b": made.collected["count"]}}
-    both = dataclasses.replace(made, collected=same).to_xarray()
+    both = with_collected(made, same).to_xarray()
     np.testing.assert_array_equal(both["collected.a.b"], made.collected["count"])
     np.testing.assert_array_equal(both["collected.a.b_"], made.collected["w"])
 
@@ -189,7 +194,7 @@ def test_what_collect_recorded_is_kept(tmp_path):
     ],
 )
 def test_what_no_file_can_hold_is_refused_by_name(tmp_path, leaf, message):
-    made = dataclasses.replace(estimate(), collected={"x": leaf})
+    made = with_collected(estimate(collect=collect), {"x": leaf})
     with pytest.raises(ValueError, match=message):
         results.save_estimate(tmp_path / "new", 3, made, {})
     assert not (tmp_path / "new").exists()
@@ -236,7 +241,7 @@ def test_observables_of_two_shapes_are_named(tmp_path):
     made = estimate(collect=collect)
     for step, width in ((1, 3), (2, 2)):
         collected = made.collected["w"][..., :width]
-        changed = dataclasses.replace(made, collected=collected)
+        changed = with_collected(made, collected)
         results.save_estimate(tmp_path, step, changed, {})
     with pytest.raises(ValueError, match=r"collected has .*'collected_0': 3.*'collected_0': 2"):
         results.load(tmp_path, "estimate_llc")

@@ -16,7 +16,7 @@ from laws import assert_chains_agree, assert_within_4_stderr
 from scipy import integrate, optimize, stats
 
 from llc_jax import BAOAB, MALA, SGLD, SGNHT, AdamSGLD, RMSPropSGLD, estimate_llc_over_settings
-from llc_jax.sampling.posterior import evaluate
+from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.trees import standard_normal_like
 
 # --- two steps by hand --------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def two_steps(sampler):
 
     def at(params):
         scalars = jnp.float32(NBETA), jnp.float32(LOCALIZATION)
-        return evaluate(two_leaves, params, jnp.ones(2), CENTRE, *scalars)
+        return evaluate(two_leaves, LocalPosterior(CENTRE, *scalars), params, jnp.ones(2))
 
     states, noises = [sampler.init(START)], []
     for seed in range(2):
@@ -143,8 +143,9 @@ def test_the_noise_of_sgnht_is_right_at_any_friction(zeta):
     p = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], size), jnp.float32)  # p² = 1
     sampler = SGNHT(step, friction)
     state = sampler.init(w)._replace(momentum=p, thermostat=jnp.float32(zeta))
+    flat_posterior = LocalPosterior(w, jnp.float32(1), jnp.float32(0))
     at = lambda v: evaluate(  # noqa: E731
-        lambda q, b: 0.0 * b * jnp.sum(q), v, jnp.ones(1), w, jnp.float32(1), jnp.float32(0)
+        lambda q, b: 0.0 * b * jnp.sum(q), flat_posterior, v, jnp.ones(1)
     )
     new, _ = sampler.step(jax.random.key(0), state, at)
     c = math.exp(-zeta * h)
@@ -432,10 +433,8 @@ def test_the_mean_of_the_squared_momenta_is_one():
     sampler, chains = SGNHT(1e-3, 5.0), 8
 
     def at(w):
-        return evaluate(
-            lambda q, b: b * 0.5 * jnp.sum(q**2), w, jnp.ones(1), jnp.zeros(400),
-            jnp.float32(100.0), jnp.float32(1.0),
-        )  # fmt: skip
+        here = LocalPosterior(jnp.zeros(400), jnp.float32(100.0), jnp.float32(1.0))
+        return evaluate(lambda q, b: b * 0.5 * jnp.sum(q**2), here, w, jnp.ones(1))
 
     def chain(key):
         def step(state, t):

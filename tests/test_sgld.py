@@ -11,7 +11,7 @@ import pytest
 
 from llc_jax import SGLD
 from llc_jax.samplers import langevin
-from llc_jax.sampling.posterior import evaluate
+from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.trees import standard_normal_like
 
 DIM = 6
@@ -31,7 +31,7 @@ def quartic(params, batch):
 def posterior(anchor, nbeta, localization, mask=None, loss=quadratic):
     def at(params):
         scalars = jnp.float32(nbeta), jnp.float32(localization)
-        return evaluate(loss, params, jnp.ones(1), anchor, *scalars, mask)
+        return evaluate(loss, LocalPosterior(anchor, *scalars, mask), params, jnp.ones(1))
 
     return at
 

@@ -21,7 +21,7 @@ from llc_jax import (
     estimate_llc,
     estimate_llc_over_settings,
 )
-from llc_jax.sampling.posterior import evaluate
+from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.sampling.stability import (
     Tridiagonal,
     largest_eigenvalue,
@@ -59,7 +59,8 @@ def weights(dtype=jnp.float32):
 
 def at_of(params, mask=None, nbeta=NBETA, localization=LOCALIZATION, loss=quadratic):
     scalars = jnp.float32(nbeta), jnp.float32(localization)
-    return lambda w: evaluate(loss, w, jnp.ones(3), params, *scalars, mask)
+    here = LocalPosterior(params, *scalars, mask)
+    return lambda w: evaluate(loss, here, w, jnp.ones(3))
 
 
 def measure(sampler, params, mask=None, state=None, **options):

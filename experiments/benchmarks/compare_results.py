@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.benchmarks import timing
-from llc_jax.llc import diagnostics
+from llc_jax import diagnostics
 
 OURS, THEIRS, OTHER = "llc_jax SGLD", "devinterp SGLD", "llc_jax BAOAB"
 INIT_BATCHES = 32  # devinterp's default

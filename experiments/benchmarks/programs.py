@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from llc_jax import SGLD
 from llc_jax.losses import mean_loss
+from llc_jax.observables import LossGap
+from llc_jax.observables import split as split_observables
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.problems.language import model as attention_only
 from llc_jax.problems.language.losses import LanguageLoss
@@ -18,6 +20,7 @@ from llc_jax.problems.regression import data as regression_data
 from llc_jax.problems.regression import model as regression_models
 from llc_jax.problems.regression.losses import RegressionLoss
 from llc_jax.sampling.chain import Plan
+from llc_jax.sampling.posterior import LocalPosterior
 from llc_jax.sampling.program import sample
 
 
@@ -73,16 +76,16 @@ def build(problem: Problem, num_data: int, num_checkpoints: int) -> tuple:
     params_key, data_key, chain_key = jax.random.split(jax.random.key(0), 3)
     params = problem.init(params_key)
     number = functools.partial(jnp.full, num_checkpoints, dtype=jnp.float32)
+    anchors = jax.tree.map(lambda x: jnp.stack([x] * num_checkpoints), params)
+    steps = jnp.arange(num_checkpoints, dtype=jnp.uint32)
     return (
         chain_key,
-        jnp.arange(num_checkpoints, dtype=jnp.uint32),
-        jax.tree.map(lambda x: jnp.stack([x] * num_checkpoints), params),
-        (jnp.zeros((num_checkpoints, num_data)), None),
-        problem.draw(data_key, num_data),
+        LocalPosterior(anchors, number(30.0), number(300.0), None, steps),
         SGLD(number(1e-5)),
-        number(30.0),
-        number(300.0),
-        None,
+        jnp.zeros((num_checkpoints, num_data)),
+        {"loss_gap": None},
+        problem.draw(data_key, num_data),
+        [],
     )
 
 
@@ -105,8 +108,8 @@ def shapes(problem: Problem, mesh: Mesh, num_data: int, num_checkpoints: int = 1
 def shardings(values: tuple, mesh: Mesh) -> tuple:
     """What has a checkpoint axis split over the mesh as `sample` splits it, the rest replicated."""
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(CHECKPOINT))
-    # key, steps, checkpoints, references, data, sampler, nbeta, localization, mask
-    axes = (whole, split, split, split, whole, split, split, split, whole)
+    # key, posteriors, sampler, references, prepared, data, arrays of observables
+    axes = (whole, split, split, split, split, whole, whole)
     return tuple(
         jax.tree.map(lambda _, to=to: to, part) for part, to in zip(values, axes, strict=True)
     )
@@ -115,8 +118,9 @@ def shardings(values: tuple, mesh: Mesh) -> tuple:
 def lower_sample(args: tuple, loss_fn, plan: Plan, chains: int, mesh: Mesh):
     """Lowers `sampling.program.sample` for arguments or shapes; `compile` is up to the caller."""
     return sample.lower(
-        *args, loss_fn=loss_fn, stream=None, plan=plan, num_chains=chains, mesh=mesh
-    )
+        *args, loss_fn=loss_fn, stream=None, plan=plan, num_chains=chains, mesh=mesh,
+        recorder=split_observables({"loss_gap": LossGap()})[0],
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "num_steps", "batch_size", "mesh"))

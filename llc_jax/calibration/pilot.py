@@ -18,8 +18,8 @@ import numpy as np
 from llc_jax.calibration.incurable import refuse_flat, refuse_incurable
 from llc_jax.calibration.sweep import RELAXATIONS
 from llc_jax.calibration.walls import any_dead, pushed, spread
+from llc_jax.diagnostics import MAX_STABILITY
 from llc_jax.inputs import checks
-from llc_jax.llc.diagnostics import MAX_STABILITY
 from llc_jax.llc.estimators import estimate_llc_over_settings
 from llc_jax.trees import Layout, at_least_float32
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llc_jax.diagnostics import mean_stderr
 from llc_jax.llc import soundness
-from llc_jax.llc.diagnostics import mean_stderr
 from llc_jax.llc.estimate import LLCEstimate
 
 LEVEL = 0.05  # relative change of λ̂ per e-fold of nbeta or localization that counts as level

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from llc_jax.calibration.result import Calibration
 from llc_jax.calibration.sweep import Sweep
+from llc_jax.diagnostics import MAX_RHAT, MAX_STABILITY
 from llc_jax.figures.base import CHAIN_COLORS, INK, LLC, VERMILLION, InlineFigure
-from llc_jax.llc.diagnostics import MAX_RHAT, MAX_STABILITY
 
 
 def sweep_figure(calibration: Calibration) -> Figure:

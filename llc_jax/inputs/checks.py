@@ -1,6 +1,6 @@
 """Input checks: a `ValueError` with value, rule and remedy, before anything compiles."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -210,37 +210,66 @@ def _equal(left: Any, right: Any) -> bool:
         return False
 
 
-def mask(tree: Any, template: Params) -> Any:
+def mask(tree: Any, template: Params, name: str = "mask") -> Any:
     """Checks a mask and returns it as booleans; a leaf may be a scalar for the whole weight."""
     if tree is None:
         return None
-    concrete("mask", tree)
+    concrete(name, tree)
     weights = arrays.flat("params", template)
     structures = [jax.tree.structure(x) for x in (tree, template)]
     if not _equal(*structures):
         raise ValueError(
-            f"mask has structure {shown(structures[0])}, params have {shown(structures[1])}: give"
+            f"{name} has structure {shown(structures[0])}, params have {shown(structures[1])}: give"
             " a 0 or 1 (or an array of them) for each weight."
         )
-    for (name, leaf), (weight, like) in zip(arrays.flat("mask", tree), weights, strict=True):
+    for (path, leaf), (weight, like) in zip(arrays.flat(name, tree), weights, strict=True):
         known = isinstance(like, jax.ShapeDtypeStruct)
         shape = like.shape if known else np.shape(arrays.array(weight, like, weight=True))
-        leaf = arrays.array(name, leaf)
+        leaf = arrays.array(path, leaf)
         if leaf.shape not in ((), shape):
-            raise ValueError(f"{name} has shape {leaf.shape}: give a scalar or shape {shape}.")
+            raise ValueError(f"{path} has shape {leaf.shape}: give a scalar or shape {shape}.")
         keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         if keys or not np.isin(np.asarray(leaf), (0, 1)).all():
             raise ValueError(
-                f"{name} has values other than 0 and 1: 1 samples a weight, 0 holds it."
+                f"{path} has values other than 0 and 1: 1 samples a weight, 0 holds it."
             )
     as_bool = jax.tree.map(lambda m: np.asarray(m) != 0, tree)
     if not any(m.any() for m in jax.tree.leaves(as_bool)):
-        raise ValueError("mask is 0 everywhere: nothing would be sampled; set some weights to 1.")
+        raise ValueError(
+            f"{name} is 0 everywhere: nothing would be sampled; set some weights to 1."
+        )
     return as_bool
 
 
+def masks(trees: Any, template: Params) -> dict[str, Any]:
+    """Checks named masks; each leaf is a scalar in all of them, or an array in all."""
+    if not isinstance(trees, Mapping) or not trees:
+        raise ValueError(
+            f"masks={shown(trees)}: give {{name: mask}}, each as llc_jax.mask_by_path makes it, or"
+            " None for all weights."
+        )
+    found = []
+    for name, tree in trees.items():
+        if not isinstance(name, str):
+            raise ValueError(f"masks has the key {shown(name)}: give names.")
+        tree = jax.tree.map(lambda _: True, template) if tree is None else tree
+        found.append(mask(tree, template, f"masks[{name!r}]"))
+
+    def alike(like: Any, *leaves: np.ndarray) -> list[np.ndarray]:
+        shape = np.shape(like) if any(x.ndim for x in leaves) else ()
+        return [np.broadcast_to(x, shape) for x in leaves]
+
+    structure = jax.tree.structure(found[0])
+    columns = [
+        alike(*leaves)
+        for leaves in zip(jax.tree.leaves(template), *map(jax.tree.leaves, found), strict=True)
+    ]
+    rows = zip(*columns, strict=True)
+    return {name: jax.tree.unflatten(structure, row) for name, row in zip(trees, rows, strict=True)}
+
+
 def losses(
-    loss_fn: LossFn, template: Params, batch: Batch, size: int, mask: Params | None = None
+    loss_fn: LossFn, template: Params, batch: Batch, size: int, masks: Sequence[Any] = (None,)
 ) -> jnp.dtype:
     """Checks that a loss function returns one real loss per example and depends on the weights.
 
@@ -249,7 +278,7 @@ def losses(
       template: shapes of the weights.
       batch: shapes of a minibatch.
       size: its length.
-      mask: None, or 0/1 like params: at least one weight that it leaves must matter.
+      masks: of which each is None, or 0/1 like params: a weight that it leaves must matter.
 
     Returns:
       The dtype of the losses.
@@ -257,8 +286,10 @@ def losses(
     traced = trace("loss_fn", loss_fn, template, batch)
     dtype = _floats("loss_fn", traced.out, (size,), "the losses of the examples")
     used = jax.tree.leaves(traced.uses[0])
-    sampled = [True] * len(used) if mask is None else map(np.any, jax.tree.leaves(mask))
-    if not any(u and s for u, s in zip(used, sampled, strict=True)):
+    for mask in masks:
+        sampled = [True] * len(used) if mask is None else map(np.any, jax.tree.leaves(mask))
+        if any(u and s for u, s in zip(used, sampled, strict=True)):
+            continue
         raise ValueError(
             "loss_fn does not depend on the weights that are sampled: it may close over other"
             " weights than its argument params, or use only those that the mask holds. Compute the"
@@ -269,11 +300,11 @@ def losses(
     return dtype
 
 
-def parts(parts_fn: PartsFn, template: Params, batch: Batch, size: int) -> None:
+def parts(name: str, parts_fn: PartsFn, template: Params, batch: Batch, size: int) -> None:
     """Checks that the function returns a row of real parts per example."""
-    out = trace("parts_fn", parts_fn, template, batch).out
+    out = trace(name, parts_fn, template, batch).out
     width = out.shape[1:2] if len(getattr(out, "shape", ())) == 2 else ("parts",)
-    _floats("parts_fn", out, (size, *width), "a row of losses per example")
+    _floats(name, out, (size, *width), "a row of losses per example")
 
 
 def _floats(name: str, out: Any, wanted: tuple, what: str) -> jnp.dtype:

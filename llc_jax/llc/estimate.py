@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llc_jax.llc import diagnostics, soundness
+from llc_jax import diagnostics
+from llc_jax.llc import soundness
 from llc_jax.llc.soundness import Anchor, Soundness
+from llc_jax.observables import Observed, observed
 from llc_jax.sampling.chain import Plan, Trace
 from llc_jax.sampling.stability import largest_eigenvalue
 
@@ -46,9 +48,7 @@ class LLCEstimate:
       settings: name -> value of every hyperparameter of the run.
       sound: what speaks for and against loss, gradient, data and weights, see
         `soundness.Soundness`.
-      parts: [K] λ̂ of each part of the loss; None without `parts_fn`.
-      parts_stderr: [K] their Monte-Carlo standard errors; nan for one that never varies.
-      collected: what `collect` returned, leading axes [C, burn-in + D]; None without it.
+      observed: {name: `observables.Observed`} of every observable but the loss itself.
     """
 
     mean: float
@@ -70,9 +70,32 @@ class LLCEstimate:
     diverged_at: np.ndarray
     settings: Mapping[str, float | int | str]
     sound: Soundness
-    parts: np.ndarray | None = None
-    parts_stderr: np.ndarray | None = None
-    collected: Any = None
+    observed: Mapping[str, Observed] = dataclasses.field(default_factory=dict)
+
+    @property
+    def observables(self) -> dict[str, Any]:
+        """{name: what was recorded}, numpy arrays [C, draw or block, ...], without burn-in."""
+        return {name: x.values for name, x in self.observed.items() if x.values is not None}
+
+    @property
+    def summaries(self) -> dict[str, Any]:
+        """{name: its summary}, such as `observables.Estimated` (value, stderr) [...]."""
+        return {name: x.summary for name, x in self.observed.items() if x.summary is not None}
+
+    @property
+    def parts(self) -> np.ndarray | None:
+        """[K] λ̂ of each part of the loss; None without `parts_fn`."""
+        return getattr(self.summaries.get("parts"), "value", None)
+
+    @property
+    def parts_stderr(self) -> np.ndarray | None:
+        """[K] their Monte-Carlo standard errors; nan for one that never varies."""
+        return getattr(self.summaries.get("parts"), "stderr", None)
+
+    @property
+    def collected(self) -> Any:
+        """What `collect` returned, leading axes [C, burn-in + D]; None without it."""
+        return self.observables.get("collected")
 
     @property
     def worst_stability(self) -> float:
@@ -149,66 +172,16 @@ class LLCEstimate:
         return chains.trace_figure(self)
 
     def to_xarray(self):
-        """Returns an `xarray.Dataset` with dimensions chain, draw and burnin, and part if any.
+        """Returns an `xarray.Dataset`, see `llc.dataset.to_dataset`."""
+        from llc_jax.llc import dataset
 
-        What `collect` returned is there as `collected`, or a variable of this prefix for each leaf,
-        with dimension all_draws, burn-in included. Arrays without elements are left out: a file of
-        netCDF 3 with a length of 0 can be written and not be read.
-        """
-        import jax
-        import xarray
-
-        parts, extra = {}, {}
-        if self.parts is not None:
-            parts = {"parts": ("part", self.parts), "parts_stderr": ("part", self.parts_stderr)}
-        if self.burnin_losses.size:
-            extra["burnin_losses"] = (("chain", "burnin"), self.burnin_losses)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.collected):
-            name = "collected"
-            if path:
-                name += "." + jax.tree_util.keystr(path, simple=True, separator=".")
-            while name in extra:  # {"a.b": x, "a": {"b": y}}
-                name += "_"
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaf = jax.random.key_data(leaf)
-            if leaf.size:
-                own = [f"{name}_{axis}" for axis in range(leaf.ndim - 2)]
-                extra[name] = (("chain", "all_draws", *own), np.asarray(leaf))
-        return xarray.Dataset(
-            data_vars={
-                **parts,
-                "llc": self.mean,
-                "stderr": self.stderr,
-                "init_loss": self.init_loss,
-                "rhat": self.rhat,
-                "ess": self.ess,
-                "below_anchor": self.below_anchor,
-                "drift": self.drift,
-                "distance_growth": self.distance_growth,
-                "num_finite": self.num_finite,
-                "verdict": self.verdict,
-                "warnings": "\n".join(self.warnings),
-                "per_chain": ("chain", self.per_chain),
-                "acceptance": ("chain", self.acceptance),
-                "stability": ("chain", self.stability),
-                "diverged_at": ("chain", self.diverged_at),
-                "losses": (("chain", "draw"), self.losses),
-                "anchor_losses": (("chain", "draw"), self.anchor_losses),
-                "distance": (("chain", "draw"), self.distance),
-                **extra,
-            },
-            coords={
-                "chain": np.arange(len(self.per_chain)),
-                "draw": np.arange(self.losses.shape[1]),
-            },
-            attrs=dict(self.settings),
-        )
+        return dataset.to_dataset(self)
 
 
 def summarize(
     trace: Trace,
     anchor: Anchor,
-    nbeta: float,
+    observables: Mapping[str, Any],
     plan: Plan,
     settings: Mapping[str, Any],
     heating: float,
@@ -217,22 +190,23 @@ def summarize(
     """Turns the traces of one checkpoint into an estimate; float64 from here on.
 
     Args:
-      trace: host arrays with leading axes [chain, burn-in + draw].
+      trace: host arrays with leading axes [chain, ...].
       anchor: what the losses at the anchor say.
-      nbeta: n times inverse temperature.
+      observables: those of the trace.
       plan: the sizes of the run.
-      settings: stored in the estimate.
+      settings: stored in the estimate; nbeta is one of them.
       heating: see `Soundness`.
       shared: see `Soundness`.
     """
-    healthy = np.isfinite([trace.losses, trace.gaps, trace.distance]).all(axis=0)
+    nbeta, loss = settings["nbeta"], trace.observed["loss_gap"]
+    healthy = np.isfinite([loss.loss, loss.gap, loss.distance]).all(axis=0)
     diverged_at = np.where(healthy.all(axis=1), -1, np.argmin(healthy, axis=1))
     finite = diverged_at < 0
     after = slice(plan.num_burnin, None)
-    losses, distance = trace.losses[:, after], trace.distance[:, after]
+    losses, distance = loss.loss[:, after], loss.distance[:, after]
     with np.errstate(invalid="ignore"):  # inf - inf in a dead chain
-        gaps = nbeta * trace.gaps[:, after].astype(np.float64)
-        anchors = losses.astype(np.float64) - trace.gaps[:, after]
+        gaps = nbeta * loss.gap[:, after].astype(np.float64)
+        anchors = losses.astype(np.float64) - loss.gap[:, after]
         per_chain = np.where(finite, gaps.mean(axis=1), np.nan)
     diagnosis = diagnostics.diagnose(gaps[finite], distance[finite].astype(np.float64))
     acceptance = np.full(len(finite), np.nan)
@@ -240,7 +214,7 @@ def summarize(
     if probes and trace.probe.log_acceptance is not None:
         log_ratio = trace.probe.log_acceptance[:, probes].astype(np.float64)
         acceptance[finite] = np.exp(np.minimum(log_ratio[finite], 0.0)).mean(axis=1)
-    mean_of_batches = float(trace.anchor_losses[:, after].mean(dtype=np.float64))
+    mean_of_batches = float(loss.anchor_loss[:, after].mean(dtype=np.float64))
     wanted = plan.num_probes > 0 and "step_size" in settings
     looked_at = sorted({0, *probes}) if probes else []
     agreement = soundness.agreement(
@@ -250,18 +224,18 @@ def summarize(
     stability = np.full(len(finite), np.nan)
     if trace.stability is not None:
         stability[finite] = largest_eigenvalue(trace.stability)[finite]
-    parts = parts_stderr = None
-    if trace.part_gaps is not None:
-        each = nbeta * trace.part_gaps[finite, after].astype(np.float64)
-        parts = each.mean(axis=(0, 1)) if finite.any() else np.full(each.shape[2], np.nan)
-        parts_stderr = np.array([diagnostics.mean_stderr(part) for part in np.moveaxis(each, 2, 0)])
+    found = {
+        name: observed(observables[name], recorded, finite, nbeta, plan.num_burnin)
+        for name, recorded in trace.observed.items()
+        if name != "loss_gap"
+    }
     return LLCEstimate(
         mean=float(per_chain[finite].mean()) if finite.any() else math.nan,
         stderr=diagnosis.stderr,
         per_chain=per_chain,
         losses=losses,
         anchor_losses=anchors,
-        burnin_losses=trace.losses[:, : plan.num_burnin],
+        burnin_losses=loss.loss[:, : plan.num_burnin],
         init_loss=anchor.init_loss if anchor.num_examples else mean_of_batches,
         distance=distance,
         rhat=diagnosis.rhat,
@@ -283,7 +257,5 @@ def summarize(
             second_derivatives=trace.stability is not None or not wanted,
             shared=shared,
         ),
-        parts=parts,
-        parts_stderr=parts_stderr,
-        collected=trace.collected,
+        observed=found,
     )

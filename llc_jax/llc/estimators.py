@@ -1,7 +1,8 @@
 """The local learning coefficient: λ̂ = nbeta (E[L(w)] - L(w*)) over the localized posterior."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -9,10 +10,53 @@ from jax.sharding import Mesh
 
 from llc_jax.ambient import undisturbed
 from llc_jax.inputs import checks
-from llc_jax.llc.estimate import LLCEstimate
 from llc_jax.llc.lanes import default_nbeta_of, estimate_lanes
 from llc_jax.llc.run import Lane
+from llc_jax.sampling.posterior import LocalPosterior
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
+
+
+class Options(TypedDict, total=False):
+    """What all three functions take beside their own arguments.
+
+    Attributes:
+      num_chains: independent chains, all from w*; default 4.
+      num_draws: recorded draws per chain after burn-in; default 500.
+      num_burnin: recorded draws per chain that are thrown away first; default 500.
+      batch_size: examples per minibatch, drawn with replacement; default all n of them (full
+        batch, no noise). Not for a stream.
+      thinning: sampler steps per recorded draw, the burn-in's too; default 1.
+      grad_accum: equal micro-batches whose gradients are added up; bounds memory; default 1.
+      chain_batch: chains that one device runs at once for each checkpoint; default all of its
+        share; bounds memory.
+      num_probes: draws at which a step is looked at: its Metropolis acceptance, and whether the
+        loss changes along it as its gradient says (two gradients each); unless 0, the stability
+        number is measured at the end of each chain (13 Hessian products). Default 8.
+      mask: pytree of 0/1 like params; only weights with 1 are sampled.
+      masks: {name: mask} instead, see `mask_by_path`, None for all weights: one more axis of the
+        program. All see the same random numbers, and results are {name: result}.
+      observables: {name: `observables.Observable`}, recorded at every draw.
+      parts_fn: `parts_fn(params, batch)` [batch, part], e.g. losses of each token: λ̂ of each
+        part from the same chains. Short for an observable `LossTerms` "parts".
+      collect: `collect(params, batch)`, recorded at every draw, the burn-in's too. Short for an
+        observable `Function` "collected".
+      mesh: devices, axes (checkpoint, chain); default all devices (`parallel.make_mesh`).
+    """
+
+    num_chains: int
+    num_draws: int
+    num_burnin: int
+    batch_size: int | None
+    thinning: int
+    grad_accum: int
+    chain_batch: int | None
+    num_probes: int
+    mask: Params | None
+    masks: Mapping[str, Params | None] | None
+    observables: Mapping[str, Any] | None
+    parts_fn: PartsFn | None
+    collect: Callable[[Params, Batch], Any] | None
+    mesh: Mesh | None
 
 
 def estimate_llc(
@@ -24,12 +68,10 @@ def estimate_llc(
     sampler: Sampler,
     localization: float,
     nbeta: float | None = None,
-    num_chains: int = 4,
-    num_draws: int = 500,
-    num_burnin: int = 500,
     step: int = 0,
-    **options: Any,
-) -> LLCEstimate:
+    checkpoint_batch: int | None = None,
+    **options: Unpack[Options],
+) -> Any:
     """Estimates the local learning coefficient at `params`.
 
     Args:
@@ -40,14 +82,12 @@ def estimate_llc(
       sampler: e.g. `llc_jax.SGLD(step_size)`.
       localization: γ >= 0, strength of the pull towards w*.
       nbeta: n times inverse temperature; default `default_nbeta(n)`, required for a stream.
-      num_chains: independent chains, all from w*.
-      num_draws: recorded draws per chain after burn-in.
-      num_burnin: recorded draws per chain that are thrown away first.
       step: training step of the checkpoint; part of the identity of the random numbers.
-      **options: as in `estimate_llc_over_checkpoints`.
+      checkpoint_batch: masks in flight at once; default all; bounds memory.
+      **options: see `Options`.
 
     Returns:
-      An `LLCEstimate`.
+      An `LLCEstimate`; with `masks`, {name: LLCEstimate}.
 
     Raises:
       ValueError: on bad input, before anything compiles.
@@ -55,18 +95,9 @@ def estimate_llc(
     Source: Lau et al. 2023 (arXiv 2308.12108), definition 2 and section 4.
     """
     [(_, estimate)] = estimate_llc_over_checkpoints(
-        rng_key,
-        loss_fn,
-        [(step, params)],
-        data,
-        sampler=sampler,
-        localization=localization,
-        nbeta=nbeta,
-        num_chains=num_chains,
-        num_draws=num_draws,
-        num_burnin=num_burnin,
-        **options,
-    )
+        rng_key, loss_fn, [(step, params)], data, sampler=sampler, localization=localization,
+        nbeta=nbeta, checkpoint_batch=checkpoint_batch, **options,
+    )  # fmt: skip
     return estimate
 
 
@@ -79,20 +110,9 @@ def estimate_llc_over_checkpoints(
     sampler: Sampler,
     localization: float,
     nbeta: float | None = None,
-    num_chains: int = 4,
-    num_draws: int = 500,
-    num_burnin: int = 500,
-    batch_size: int | None = None,
-    thinning: int = 1,
-    grad_accum: int = 1,
-    checkpoint_batch: int = 1,
-    chain_batch: int | None = None,
-    num_probes: int = 8,
-    mask: Params | None = None,
-    parts_fn: PartsFn | None = None,
-    collect: Callable[[Params, Batch], Any] | None = None,
-    mesh: Mesh | None = None,
-) -> Iterator[tuple[int, LLCEstimate]]:
+    checkpoint_batch: int | None = None,
+    **options: Unpack[Options],
+) -> Iterator[tuple[int, Any]]:
     """Estimates the local learning coefficient at every checkpoint, one compiled program for all.
 
     Args:
@@ -103,40 +123,57 @@ def estimate_llc_over_checkpoints(
       sampler: see `estimate_llc`.
       localization: see `estimate_llc`.
       nbeta: see `estimate_llc`.
-      num_chains: see `estimate_llc`.
-      num_draws: see `estimate_llc`.
-      num_burnin: see `estimate_llc`.
-      batch_size: examples per minibatch, drawn with replacement; default all n of them (full
-        batch, no noise). Not for a stream.
-      thinning: sampler steps per recorded draw, the burn-in's too.
-      grad_accum: equal micro-batches whose gradients are added up; bounds memory.
-      checkpoint_batch: checkpoints in flight at once, over all devices; bounds memory.
-      chain_batch: chains that one device runs at once for each checkpoint; default all of its
-        share; bounds memory.
-      num_probes: draws at which a step is looked at: its Metropolis acceptance, and whether the
-        loss changes along it as its gradient says (two gradients each); unless 0, the stability
-        number is measured at the end of each chain (13 Hessian products).
-      mask: pytree of 0/1 like params; only weights with 1 are sampled.
-      parts_fn: `parts_fn(params, batch)` [batch, part], e.g. losses of each token: λ̂ of each
-        part from the same chains, `LLCEstimate.parts`; static.
-      collect: `collect(params, batch)`, recorded at every draw; static, keep it small.
-      mesh: devices, axes (checkpoint, chain); default all devices (`parallel.make_mesh`).
+      checkpoint_batch: checkpoints in flight at once, over all devices, each of its masks counted;
+        default 1, or all masks of one checkpoint; bounds memory.
+      **options: see `Options`.
 
     Returns:
-      An iterator of (step, LLCEstimate), in the order given.
+      An iterator of (step, LLCEstimate), in the order given; with `masks`, of (step, {name:
+      LLCEstimate}).
 
     Raises:
       ValueError: on bad input, before anything compiles.
     """
     pairs = checks.pairs(checkpoints)
-    lanes = (Lane(step, params, sampler, nbeta, localization) for step, params in pairs)
+    first = next(pairs, None)
+    if first is None:
+        raise ValueError("checkpoints is empty: give at least one (step, params).")
+    masks = _masks(options, first[1])
+
+    def lanes() -> Iterator[Lane]:
+        for step, params in itertools.chain([first], pairs):
+            for name, mask in masks.items():
+                here = LocalPosterior(params, nbeta, localization, mask, step)
+                yield Lane(here, sampler, name)
+
+    size = len(masks) if checkpoint_batch is None else checkpoint_batch
     estimates = estimate_lanes(
-        rng_key, loss_fn, lanes, data, lane_batch=checkpoint_batch, num_chains=num_chains,
-        num_draws=num_draws, num_burnin=num_burnin, batch_size=batch_size, thinning=thinning,
-        grad_accum=grad_accum, chain_batch=chain_batch, num_probes=num_probes, mask=mask,
-        parts_fn=parts_fn, collect=collect, mesh=mesh,
-    )  # fmt: skip
-    return ((lane.step, estimate) for lane, estimate in estimates)
+        rng_key, loss_fn, lanes(), data, lane_batch=size, masks=list(masks.values()), **options
+    )
+    if NO_NAME in masks:
+        return ((lane.here.step, estimate) for lane, estimate in estimates)
+    return (
+        (group[0][0].here.step, {lane.name: estimate for lane, estimate in group})
+        for group in _groups(estimates, len(masks))
+    )
+
+
+NO_NAME = ""  # of a mask that is not one of several
+
+
+def _masks(options: Options, params: Params) -> dict[str, Any]:
+    """Takes mask or masks out of the options; checked, by name."""
+    mask, masks = options.pop("mask", None), options.pop("masks", None)
+    if masks is None:
+        return {NO_NAME: checks.mask(mask, params)}
+    if mask is not None:
+        raise ValueError("mask and masks are given: put the one among the others.")
+    return checks.masks(masks, params)
+
+
+def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while group := list(itertools.islice(items, size)):
+        yield group
 
 
 @undisturbed()
@@ -151,8 +188,8 @@ def estimate_llc_over_settings(
     nbeta: Any = None,
     step: int = 0,
     setting_batch: int | None = None,
-    **options: Any,
-) -> np.ndarray:
+    **options: Unpack[Options],
+) -> Any:
     """Estimates the local learning coefficient at `params` for a grid of settings, all at once.
 
     All settings see the same random numbers, so that differences between them are sharper than
@@ -169,10 +206,10 @@ def estimate_llc_over_settings(
         against each other, e.g. step sizes [5, 1, 1], nbeta [3, 1] and localization [3].
       step: training step of the checkpoint.
       setting_batch: settings in flight at once, over all devices; default all; bounds memory.
-      **options: as in `estimate_llc_over_checkpoints`, but for `checkpoint_batch`.
+      **options: see `Options`.
 
     Returns:
-      Object array of `LLCEstimate`, of the broadcast shape.
+      Object array of `LLCEstimate`, of the broadcast shape; with `masks`, {name: such an array}.
 
     Raises:
       ValueError: on bad input, before anything compiles.
@@ -181,14 +218,22 @@ def estimate_llc_over_settings(
     nbeta = default_nbeta_of(nbeta, data)
     grid = checks.grid({**sampler._asdict(), "nbeta": nbeta, "localization": localization})
     columns = zip(*[leaf.ravel().tolist() for leaf in grid], strict=True)
-    lanes = [Lane(step, params, type(sampler)(*row[:-2]), *row[-2:]) for row in columns]
-    if not lanes:
+    settings = [(type(sampler)(*row[:-2]), *row[-2:]) for row in columns]
+    if not settings:
         raise ValueError(f"settings have shape {grid[0].shape}: give at least one.")
+    masks = _masks(options, params)
+    lanes = [
+        Lane(LocalPosterior(params, nbeta, localization, mask, step), sampler, name)
+        for name, mask in masks.items()
+        for sampler, nbeta, localization in settings
+    ]
     size = len(lanes) if setting_batch is None else setting_batch
     checks.at_least("setting_batch", size, 1)
     estimates = estimate_lanes(
-        rng_key, loss_fn, iter(lanes), data, lane_batch=min(size, len(lanes)), **options
-    )
+        rng_key, loss_fn, iter(lanes), data, lane_batch=min(size, len(lanes)),
+        masks=list(masks.values()), **options,
+    )  # fmt: skip
     found = np.empty(len(lanes), dtype=object)
     found[:] = [estimate for _, estimate in estimates]
-    return found.reshape(grid[0].shape)
+    found = found.reshape(len(masks), *grid[0].shape)
+    return found[0] if NO_NAME in masks else dict(zip(masks, found, strict=True))

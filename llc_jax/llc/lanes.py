@@ -1,7 +1,7 @@
 """Anchors and their settings, checked and sent a few at a time through one compiled program."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 
 from llc_jax import parallel
 from llc_jax.ambient import own_key, undisturbed
-from llc_jax.inputs import arrays, checks, traced, weights
+from llc_jax.inputs import arrays, checks, weights
 from llc_jax.llc.estimate import LLCEstimate
 from llc_jax.llc.run import Lane, Run, Weighed
+from llc_jax.observables import Function, LossGap, LossTerms, checked, split
 from llc_jax.sampling.chain import Plan
 from llc_jax.sampling.posterior import default_nbeta
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Stream
@@ -38,13 +39,11 @@ def estimate_lanes(
     Args:
       rng_key: see `estimate_llc`.
       loss_fn: see `estimate_llc`.
-      lanes: read lazily; they differ in anchors and settings, not in shapes.
+      lanes: at least one, read lazily; they differ in anchors and settings, not in shapes.
       data: see `estimate_llc`.
       **options: of `prepare`.
     """
-    first = next(lanes, None)
-    if first is None:
-        raise ValueError("checkpoints is empty: give at least one (step, params).")
+    first = next(lanes)
     run, weigh = prepare(rng_key, loss_fn, first, data, **options)
     weighed = weigh(first)  # before anything compiles; what comes later when it is read
 
@@ -91,7 +90,8 @@ def prepare(
     grad_accum: int = 1,
     chain_batch: int | None = None,
     num_probes: int = 8,
-    mask: Params | None = None,
+    masks: Iterable[Params | None] = (None,),
+    observables: Mapping[str, Any] | None = None,
     parts_fn: PartsFn | None = None,
     collect: Callable[[Params, Batch], Any] | None = None,
     mesh: Mesh | None = None,
@@ -112,7 +112,8 @@ def prepare(
       grad_accum: as there.
       chain_batch: as there.
       num_probes: as there.
-      mask: as there.
+      masks: all masks of the lanes, checked.
+      observables: as there.
       parts_fn: as there.
       collect: as there.
       mesh: as there.
@@ -145,24 +146,22 @@ def prepare(
     batch_size = checks.batch_size(batch_size, n, grad_accum)
 
     def settled(lane: Lane) -> Lane:
-        nbeta = default_nbeta_of(lane.nbeta, data)
+        nbeta = default_nbeta_of(lane.here.nbeta, data)
         checks.nonnegative("nbeta", nbeta)
-        checks.nonnegative("localization", lane.localization)
+        checks.nonnegative("localization", lane.here.localization)
         checks.hyperparameters(lane.sampler)
-        step = checks.step(lane.step, "checkpoint step")
-        return lane._replace(step=step, nbeta=nbeta)
+        step = checks.step(lane.here.step, "checkpoint step")
+        return lane._replace(here=lane.here._replace(step=step, nbeta=nbeta))
 
-    first = settled(first)
-    mask = checks.mask(mask, first.params)
-    template = checks.params(first.params, first.step, None, mask)
+    here = settled(first).here
+    template = checks.params(here.anchor, here.step, None, here.mask)
     if not stream:
         data = arrays.data_arrays(data)
         example = checks.rows(data, batch_size)
-    dtype = checks.losses(loss_fn, template, example, batch_size, mask)
-    if parts_fn is not None:
-        checks.parts(parts_fn, template, example, batch_size)
-    if collect is not None:
-        traced.trace("collect", collect, template, example)
+    dtype = checks.losses(loss_fn, template, example, batch_size, masks)
+    observables, names = _spelled_out(observables, parts_fn, collect)
+    observables = checked(observables, loss_fn, template, example, batch_size, num_draws, names)
+    recorder, held = split({"loss_gap": LossGap(), **observables})
     mesh = parallel.make_mesh(lane_batch, num_chains) if mesh is None else mesh
     axes = mesh.axis_names if isinstance(mesh, Mesh) else type(mesh).__name__
     if set(axes) != {parallel.CHECKPOINT, parallel.CHAIN}:
@@ -177,10 +176,12 @@ def prepare(
     @undisturbed()
     def weigh(lane: Lane) -> Weighed:
         lane = settled(lane)
-        checks.params(lane.params, lane.step, template, mask)
-        params = arrays.param_arrays(lane.params, lane.step, mask)
-        heating = weights.weight_heating(params, lane.sampler, lane.localization, mask)
-        return Weighed(lane._replace(params=params), heating, weights.shared_arrays(params))
+        here = lane.here
+        checks.params(here.anchor, here.step, template, here.mask)
+        params = arrays.param_arrays(here.anchor, here.step, here.mask)
+        heating = weights.weight_heating(params, lane.sampler, here.localization, here.mask)
+        lane = lane._replace(here=here._replace(anchor=params))
+        return Weighed(lane, heating, weights.shared_arrays(params))
 
     run = Run(
         # A key that does not depend on how many chains are drawn at once.
@@ -188,14 +189,33 @@ def prepare(
         loss_fn=loss_fn,
         stream=stream,
         data=None if stream else data,
-        mask=mask,
         plan=Plan(num_draws, num_burnin, thinning, batch_size, grad_accum, chain_batch, num_probes),
         num_chains=num_chains,
         lane_batch=lane_batch,
         padded=(rows * -(-lane_batch // rows), columns * chain_batch * -(-share // chain_batch)),
         mesh=mesh,
         dtype=dtype,
-        parts_fn=parts_fn,
-        collect=collect,
+        recorder=recorder,
+        held=held,
     )
     return run, weigh
+
+
+def _spelled_out(
+    observables: Mapping[str, Any] | None, parts_fn: PartsFn | None, collect: Callable | None
+) -> tuple[Any, dict[str, str]]:
+    """(observables with those that have an argument of their own, {name: that argument})."""
+    short = {}
+    if parts_fn is not None:
+        short["parts"] = LossTerms(parts_fn, keep=False), "parts_fn"
+    if collect is not None:
+        short["collected"] = Function(collect, burnin=True, summary=False), "collect"
+    if not short or not isinstance(observables or {}, Mapping):
+        return observables or {}, {}
+    for name, (_, argument) in short.items():
+        if name in (observables or {}):
+            raise ValueError(
+                f"observables has {name!r}, the name of what {argument} records: give it another."
+            )
+    named = {name: observable for name, (observable, _) in short.items()}
+    return {**(observables or {}), **named}, {name: of for name, (_, of) in short.items()}

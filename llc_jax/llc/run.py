@@ -1,7 +1,7 @@
 """A stack of lanes through the compiled programs, and what comes back."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,28 +13,26 @@ from llc_jax import parallel
 from llc_jax.ambient import undisturbed
 from llc_jax.llc import soundness
 from llc_jax.llc.estimate import LLCEstimate, summarize
+from llc_jax.observables import Recorder
 from llc_jax.sampling import anchors
 from llc_jax.sampling.chain import Plan
-from llc_jax.sampling.program import sample
-from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
+from llc_jax.sampling.posterior import LocalPosterior
+from llc_jax.sampling.program import prepare, sample
+from llc_jax.types import Batch, LossFn, Sampler, Stream
 
 
 class Lane(NamedTuple):
     """One anchor at one setting: what varies along the first axis of the program.
 
     Attributes:
-      step: training step of the anchor.
-      params: the anchor.
+      here: the posterior, with numbers of Python.
       sampler: with scalar hyperparameters.
-      nbeta: scalar.
-      localization: scalar.
+      name: of the mask.
     """
 
-    step: int
-    params: Params
+    here: LocalPosterior
     sampler: Sampler
-    nbeta: float | None
-    localization: float
+    name: str = ""
 
 
 class Weighed(NamedTuple):
@@ -53,15 +51,14 @@ class Run(NamedTuple):
       loss_fn: per-example losses.
       stream: the stream, or None.
       data: the data set, or None.
-      mask: None, or 0/1 like params.
       plan: the static sizes.
       num_chains: chains that were asked for.
       lane_batch: most lanes at once that were asked for.
       padded: lanes and chains of the program, which fill the mesh.
       mesh: axes (checkpoint, chain).
       dtype: of what `loss_fn` returns.
-      parts_fn: see `estimate_llc_over_checkpoints`.
-      collect: see `estimate_llc_over_checkpoints`.
+      recorder: the observables, without their arrays.
+      held: their arrays.
       again: rows that are evaluated a second time, see `anchors.losses_at`.
     """
 
@@ -69,15 +66,14 @@ class Run(NamedTuple):
     loss_fn: LossFn
     stream: Stream | None
     data: Batch | None
-    mask: Params | None
     plan: Plan
     num_chains: int
     lane_batch: int
     padded: tuple[int, int]
     mesh: Mesh
     dtype: Any
-    parts_fn: PartsFn | None
-    collect: Callable[[Params, Batch], Any] | None
+    recorder: Recorder
+    held: list[Any]
     again: Any = None
 
     @undisturbed()
@@ -87,7 +83,7 @@ class Run(NamedTuple):
             n = anchors.num_examples(self.data)
             micro = self.plan.batch_size // self.plan.grad_accum
             self = self._replace(again=anchors.rows_again(n, self.plan.batch_size, micro))
-        names = ("rng_key", "data", "mask", "again")
+        names = ("rng_key", "data", "held", "again")
         placed = parallel.place([getattr(self, name) for name in names], self.mesh)
         return self._replace(**dict(zip(names, placed, strict=True)))
 
@@ -97,39 +93,25 @@ class Run(NamedTuple):
         lanes = [weighed.lane for weighed in chunk]
         # The last chunk repeats its last lane: same shapes, no second compilation.
         full = lanes + lanes[-1:] * (self.padded[0] - len(lanes))
-        numbers = [(lane.sampler, lane.nbeta, lane.localization) for lane in full]
-        varying = (
-            np.asarray([lane.step for lane in full], np.uint32),
-            jax.tree.map(
-                lambda *x: np.stack([np.asarray(a) for a in x]), *[lane.params for lane in full]
-            ),
-            jax.tree.map(lambda *x: np.asarray(x, jnp.result_type(float)), *numbers),
-        )
-        steps, stacked, settings = parallel.place(varying, self.mesh, parallel.CHECKPOINT)
-        references, found = (None, None), [soundness.Anchor.unknown()] * len(lanes)
+        here, sampler = parallel.place(_stacked(full), self.mesh, parallel.CHECKPOINT)
+        references, found = None, [soundness.Anchor.unknown()] * len(lanes)
         if self.stream is None:
-            *references, again = anchors.losses_at(
-                stacked, self.data, self.again,
-                loss_fn=self.loss_fn, parts_fn=self.parts_fn, mesh=self.mesh,
-            )  # fmt: skip
-            looked_at = zip(*parallel.fetch((references[0], again)), strict=True)
+            references, again = anchors.losses_at(
+                here.anchor, self.data, self.again, loss_fn=self.loss_fn, mesh=self.mesh
+            )
+            looked_at = zip(*parallel.fetch((references, again)), strict=True)
             rows = parallel.fetch(self.again)
             found = [
                 soundness.anchor_of(losses, more, rows, self.dtype)
                 for (losses, more), _ in zip(looked_at, lanes, strict=False)
             ]
-
-        def sampled(*args):
-            return sample(
-                *args,
-                loss_fn=self.loss_fn, stream=self.stream, plan=self.plan,
-                num_chains=self.padded[1], mesh=self.mesh, parts_fn=self.parts_fn,
-                collect=self.collect,
-            )  # fmt: skip
-
-        args = (
-            self.rng_key, steps, stacked, tuple(references), self.data, *settings, self.mask,
-        )  # fmt: skip
+        shared = {
+            "loss_fn": self.loss_fn, "stream": self.stream, "plan": self.plan, "mesh": self.mesh,
+            "recorder": self.recorder,
+        }  # fmt: skip
+        prepared = prepare(here.anchor, self.data, self.held, **shared)
+        args = self.rng_key, here, sampler, references, prepared, self.data, self.held
+        sampled = functools.partial(sample, num_chains=self.padded[1], **shared)
         if all(anchor.num_bad for anchor in found):  # nothing that a chain could add
             return found, jax.tree.map(_nothing, jax.eval_shape(sampled, *args))
         return found, sampled(*args)
@@ -142,18 +124,18 @@ class Run(NamedTuple):
         estimates = []
         found, trace = output[0], parallel.fetch(output[1])
         shared = {"num_chains": self.num_chains, **self.plan._asdict()}
+        observables = self.recorder.join(parallel.fetch(self.held))
         for row, (lane, heating, twice) in enumerate(chunk):
             one = jax.tree.map(lambda x, row=row: x[row, : self.num_chains], trace)
             settings = {
                 "sampler": type(lane.sampler).__name__,
                 **{name: float(value) for name, value in lane.sampler._asdict().items()},
-                "nbeta": float(lane.nbeta),
-                "localization": float(lane.localization),
+                "nbeta": float(lane.here.nbeta),
+                "localization": float(lane.here.localization),
+                **({"mask": lane.name} if lane.name else {}),
                 **{name: shared[name] for name in _SETTINGS},
             }
-            estimate = summarize(
-                one, found[row], float(lane.nbeta), self.plan, settings, heating, twice
-            )
+            estimate = summarize(one, found[row], observables, self.plan, settings, heating, twice)
             estimates.append((lane, self._with_culprits(lane, estimate)))
         return estimates
 
@@ -165,8 +147,8 @@ class Run(NamedTuple):
         innocent = same and self.plan.thinning == 1 and start.size and np.isfinite(start).all()
         if not dead.size or estimate.sound.explains_death or innocent:
             return estimate
-        key, params = parallel.place((self.rng_key, lane.params), self.mesh)
-        key = jax.random.fold_in(jax.random.fold_in(key, lane.step), dead[0])
+        key, params = parallel.place((self.rng_key, lane.here.anchor), self.mesh)
+        key = jax.random.fold_in(jax.random.fold_in(key, lane.here.step), dead[0])
         at = max(0, int(estimate.diverged_at[dead[0]]) - 1) * self.plan.thinning
         bad, rows = anchors.culprits(
             key, params, self.stream or self.data,
@@ -178,6 +160,18 @@ class Run(NamedTuple):
 
 
 _SETTINGS = ("num_chains", "num_draws", "num_burnin", "thinning", "batch_size", "grad_accum")
+
+
+def _stacked(lanes: list[Lane]) -> tuple[LocalPosterior, Sampler]:
+    """The posteriors and samplers of lanes as two, with a leading axis, on the host."""
+    numbers = [(lane.here.nbeta, lane.here.localization, lane.sampler) for lane in lanes]
+    trees = [(lane.here.anchor, lane.here.mask) for lane in lanes]
+    nbeta, localization, sampler = jax.tree.map(
+        lambda *x: np.asarray(x, jnp.result_type(float)), *numbers
+    )
+    anchor, mask = jax.tree.map(lambda *x: np.stack([np.asarray(a) for a in x]), *trees)
+    steps = np.asarray([lane.here.step for lane in lanes], np.uint32)
+    return LocalPosterior(anchor, nbeta, localization, mask, steps), sampler
 
 
 def _nothing(shape: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -1,7 +1,6 @@
 """What is looked at before a chain starts: the losses of all examples at the anchor."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from llc_jax.losses import losses_of, num_examples, take
 from llc_jax.parallel import CHECKPOINT
 from llc_jax.sampling.chain import minibatch, step_keys
 from llc_jax.trees import at_least_float32
-from llc_jax.types import Batch, LossFn, Params, PartsFn, Stream
+from llc_jax.types import Batch, LossFn, Params, Stream
 
 NUM_AGAIN = 4  # minibatches in which examples are evaluated a second time
 BESIDE = 0.1  # relative size of a move from the anchor to where losses are compared, too
@@ -34,16 +33,15 @@ def other_company(count: int, chunk: int) -> np.ndarray:
     return order if count == 1 else np.random.default_rng(1).permutation(order)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "parts_fn", "mesh"))
+@functools.partial(jax.jit, static_argnames=("loss_fn", "mesh"))
 def losses_at(
     checkpoints: Params,
     data: Batch,
     again: jax.Array,
     *,
     loss_fn: LossFn,
-    parts_fn: PartsFn | None,
     mesh: Mesh,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """Losses of all n examples at each of a stack of anchors, a minibatch at a time.
 
     Args:
@@ -51,13 +49,12 @@ def losses_at(
       data: data set with leading axis n, replicated.
       again: [k, chunk] rows of further minibatches; fixes the size of all of them.
       loss_fn: static.
-      parts_fn: static, or None.
-      mesh: see `sampling.sample`.
+      mesh: see `program.sample`.
 
     Returns:
-      (losses [checkpoint, n]; parts [checkpoint, n, part] or None; losses of the examples `again`
-      [checkpoint, 3, k, chunk]: in the company of each other at the anchor, at a point beside it,
-      and there after they have changed company).
+      (losses [checkpoint, n]; losses of the examples `again` [checkpoint, 3, k, chunk]: in the
+      company of each other at the anchor, at a point beside it, and there after they have changed
+      company).
     """
     n, (count, chunk) = num_examples(data), again.shape
     num_chunks = -(-n // chunk)
@@ -69,16 +66,15 @@ def losses_at(
         mixed = again.reshape(-1)[order].reshape(count, chunk)
 
         def one(params):
-            def of(function: Any, params: Params, rows: jax.Array) -> jax.Array:
-                found = jax.lax.map(lambda r: losses_of(function, params, take(data, r)), rows)
-                return found.reshape(-1, *found.shape[2:])
+            def of(params: Params, rows: jax.Array) -> jax.Array:
+                found = jax.lax.map(lambda r: losses_of(loss_fn, params, take(data, r)), rows)
+                return found.ravel()
 
-            losses = of(loss_fn, params, rows)
-            parts = None if parts_fn is None else of(parts_fn, params, rows[:num_chunks])[:n]
-            beside = of(loss_fn, _beside(params), jnp.concatenate([again, mixed]))
+            losses = of(params, rows)
+            beside = of(_beside(params), jnp.concatenate([again, mixed]))
             here, there, moved = losses[-count * chunk :], *jnp.split(beside, 2)
             moved = moved[np.argsort(order)]
-            return losses[:n], parts, jnp.stack([here, there, moved]).reshape(3, count, chunk)
+            return losses[:n], jnp.stack([here, there, moved]).reshape(3, count, chunk)
 
         return parallel.vmap(one)(checkpoints)
 

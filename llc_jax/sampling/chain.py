@@ -1,18 +1,18 @@
 """One chain as a scan: minibatches, steps, and what is recorded at its draws."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llc_jax.losses import losses_of, num_examples, take
-from llc_jax.sampling.posterior import evaluate
+from llc_jax.observables import Draw, trait
+from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.sampling.probe import Probe, look_at
 from llc_jax.sampling.stability import Tridiagonal, stability_matrix
-from llc_jax.trees import apply_mask, displacement, norm
-from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
+from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
 
 class Plan(NamedTuple):
@@ -38,6 +38,11 @@ class Plan(NamedTuple):
     num_probes: int
 
     @property
+    def micro_batch(self) -> int:
+        """Examples of which gradients are taken at once."""
+        return self.batch_size // self.grad_accum
+
+    @property
     def total_draws(self) -> int:
         """Recorded draws, burn-in included."""
         return self.num_burnin + self.num_draws
@@ -53,25 +58,15 @@ class Trace(NamedTuple):
     """What a chain leaves behind; leading axes [checkpoint, chain] outside `sample_chain`.
 
     Attributes:
-      losses: [draw] minibatch loss L_B at the draw.
-      anchor_losses: [draw] loss of w* on the same minibatch.
-      gaps: [draw] the first minus the second, subtracted example by example (`posterior.Gaps`).
-      distance: [draw] Euclidean distance |w - w*|.
-      probe: `Probe` of [draw].
+      observed: {name: what the observable recorded, [draw or block, ...]}.
+      probe: `Probe` of [draw], burn-in included.
       stability: of the end of the chain, `stability.stability_matrix`; None if not probed, or if
         the loss has no second derivatives.
-      part_gaps: [draw, part] like `gaps`, of the parts of the loss; None without `parts_fn`.
-      collected: what `collect` returned, stacked over draws; None without it.
     """
 
-    losses: jax.Array
-    anchor_losses: jax.Array
-    gaps: jax.Array
-    distance: jax.Array
+    observed: dict[str, Any]
     probe: Probe
     stability: Tridiagonal | None
-    part_gaps: jax.Array | None
-    collected: Any
 
 
 def step_keys(rng_key: jax.Array, t: jax.Array) -> jax.Array:
@@ -94,84 +89,106 @@ def minibatch(rng_key: jax.Array, data: Batch | Stream, batch_size: int) -> tupl
     return take(data, rows), rows
 
 
+class _Seen(NamedTuple):
+    """A step: where it began, what was computed there, and what the step says."""
+
+    params: Params
+    loss: jax.Array
+    anchor_loss: jax.Array
+    gap: jax.Array
+    probe: Probe
+
+
 def sample_chain(
     rng_key: jax.Array,
     loss_fn: LossFn,
-    anchor: Params,
+    here: LocalPosterior,
     data: Batch | Stream,
     reference: jax.Array | None,
-    part_reference: jax.Array | None,
+    prepared: Mapping[str, Any],
     sampler: Sampler,
-    nbeta: jax.Array,
-    localization: jax.Array,
-    mask: Params | None,
     plan: Plan,
-    parts_fn: PartsFn | None = None,
-    collect: Callable[[Params, Batch], Any] | None = None,
+    observables: Mapping[str, Any],
 ) -> Trace:
     """Runs one chain from the anchor.
 
     Args:
       rng_key: identity of the chain; step t uses `step_keys(rng_key, t)` and nothing else.
       loss_fn: per-example losses.
-      anchor: w*, start of the chain and centre of the localization.
+      here: the posterior; its anchor is the start of the chain.
       data: a data set with leading axis n, or a `Stream`.
       reference: [n] losses at the anchor; None for a `Stream`.
-      part_reference: [n, part] parts of them; None for a `Stream` or without `parts_fn`.
+      prepared: {name: what the observable prepared at the anchor}.
       sampler: the sampler.
-      nbeta: scalar.
-      localization: scalar.
-      mask: None, or 0/1 like params.
       plan: the static sizes.
-      parts_fn: optional `parts_fn(params, batch)` [batch, part], averaged at every draw.
-      collect: optional `collect(params, batch)` recorded at every draw.
+      observables: {name: `observables.Observable`}.
 
     Returns:
-      A `Trace` over burn-in and draws. The first recorded draw of a chain with `thinning=1` is
-      the anchor itself.
+      A `Trace`. The first recorded draw of a chain with `thinning=1` is the anchor itself.
     """
+    mask = here.mask
 
-    def posterior_on(key):
-        """(minibatch, loss of the anchor on it, w -> `Evaluation` on it)."""
+    def minibatch_of(key_data):
+        """(batch, its rows, losses of the anchor on it) of one step."""
+        key = jax.random.wrap_key_data(key_data[0], impl=jax.random.key_impl(rng_key))
         batch, rows = minibatch(key, data, plan.batch_size)
-        if rows is None:
-            losses = losses_of(loss_fn, anchor, batch)
-            parts = None if parts_fn is None else losses_of(parts_fn, anchor, batch)
-        else:
-            losses = reference[rows]
-            parts = None if parts_fn is None else part_reference[rows]
+        losses = losses_of(loss_fn, here.anchor, batch) if rows is None else reference[rows]
+        return batch, rows, losses
 
-        def posterior(params):
-            return evaluate(
-                loss_fn, params, batch, anchor, nbeta, localization, mask, plan.grad_accum,
-                losses, parts_fn, parts,
-            )  # fmt: skip
-
-        return batch, jnp.mean(losses), posterior
+    def posterior_on(batch, losses):
+        return lambda params: evaluate(
+            loss_fn, here, params, batch, grad_accum=plan.grad_accum, anchor_losses=losses
+        )
 
     def step(state, key_data, probing):
-        batch_key, noise_key = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(rng_key))
-        batch, anchor_loss, posterior = posterior_on(batch_key)
-        new_state, here = sampler.step(noise_key, state, posterior, mask)
-        distance = norm(apply_mask(mask, displacement(state.params, anchor)))
+        batch, rows, losses = minibatch_of(key_data)
+        posterior = posterior_on(batch, losses)
+        noise_key = jax.random.wrap_key_data(key_data[1], impl=jax.random.key_impl(rng_key))
+        new_state, now = sampler.step(noise_key, state, posterior, mask)
         probe = look_at(
-            sampler, state, new_state, here, posterior, anchor, mask, probing if probes else None
-        )
-        extra = None if collect is None else collect(state.params, batch)
-        seen = here.loss, anchor_loss, here.gaps.loss, distance, probe, here.gaps.parts, extra
-        return new_state, seen
+            sampler, state, new_state, now, posterior, here.anchor, mask,
+            probing if probes else None,
+        )  # fmt: skip
+        seen = _Seen(state.params, now.loss, jnp.mean(losses), now.gap, probe)
+        return new_state, seen, batch, rows
 
-    def draw(state, inputs):
-        key_data, probing = inputs
+    def advance(state, key_data, probing):
+        """The steps of one draw: (state, the last step, its batch, its rows)."""
         if plan.thinning == 1:
             return step(state, key_data[0], probing)
         blank = jax.eval_shape(lambda: step(state, key_data[0], probing)[1])
-        return jax.lax.fori_loop(
+        state, seen = jax.lax.fori_loop(
             0,
             plan.thinning,
-            lambda i, carry: step(carry[0], key_data[i], probing & (i == plan.thinning - 1)),
-            (state, jax.tree.map(jnp.zeros_like, blank)),
+            lambda i, carry: step(carry[0], key_data[i], probing & (i == plan.thinning - 1))[:2],
+            (state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)),
         )
+        return state, seen, *minibatch_of(key_data[-1])[:2]
+
+    def observe(seen, batch, rows) -> dict[str, Any]:
+        at = Draw(
+            loss_fn, here, seen.params, batch, rows, data, seen.loss, seen.anchor_loss, seen.gap,
+            plan.micro_batch,
+        )  # fmt: skip
+        return {name: x.record(prepared[name], at) for name, x in observables.items()}
+
+    def draw(carry, inputs):
+        state, sums = carry
+        t, key_data, probing = inputs
+        state, seen, batch, rows = advance(state, key_data, probing)
+        found = observe(seen, batch, rows)
+        sums = {name: added(total, found.pop(name), t) for name, total in sums.items()}
+        return (state, sums), (found, seen.probe)
+
+    def added(total, found, t):
+        """Adds a draw to the sum of its block; draws of the burn-in are dropped."""
+
+        def one(x, y):
+            block = (t - plan.num_burnin) // (plan.num_draws // len(x))
+            block = jnp.where(t < plan.num_burnin, len(x), block)
+            return x.at[block].add(y.astype(x.dtype), mode="drop")
+
+        return jax.tree.map(one, total, found)
 
     # Of all steps at once: in the loop they would be programs of their own, every step. As data,
     # since checks for keys that are used twice do not see through a scan over keys in a vmap.
@@ -182,21 +199,37 @@ def sample_chain(
     draws = jnp.arange(plan.total_draws)
     # The first draw, too: of a chain that dies at once, it is all there is to see.
     probing = jnp.isin(draws, jnp.asarray([0, *probes], draws.dtype))
-    state, seen = jax.lax.scan(draw, sampler.init(anchor), (key_data, probing))
-    losses, references, gaps, distance, probe, parts, extra = seen
+    state, sums = sampler.init(here.anchor), {}
+    blocks = {name: n for name, x in observables.items() if (n := trait(x, "num_blocks"))}
+    if blocks:
+        shapes = jax.eval_shape(lambda s: observe(*advance(s, key_data[0], probing[0])[1:]), state)
+        sums = {
+            name: jax.tree.map(
+                lambda x, n=n: jnp.zeros((n, *x.shape), jnp.promote_types(x.dtype, jnp.float32)),
+                shapes[name],
+            )
+            for name, n in blocks.items()
+        }
+    carry, (found, probe) = jax.lax.scan(draw, (state, sums), (draws, key_data, probing))
+    state, sums = carry
+    for name, stacked in found.items():
+        first = 0 if trait(observables[name], "burnin") else plan.num_burnin
+        found[name] = jax.tree.map(lambda x, first=first: x[first:], stacked)
+    for name, total in sums.items():
+        found[name] = jax.tree.map(lambda x: x / (plan.num_draws // len(x)), total)
     stability = None
     if plan.num_probes and hasattr(sampler, "step_size"):
-        batch_key, start_key = step_keys(rng_key, count)  # of the step after the last
+        last = jax.random.key_data(step_keys(rng_key, count))  # of the step after the last
         # A custom rule, a callback or a kernel may have no second derivative: sampling needs none.
         with contextlib.suppress(TypeError, ValueError, NotImplementedError, AssertionError):
-            _, _, posterior = posterior_on(batch_key)
+            batch, _, losses = minibatch_of(last)
+            posterior = posterior_on(batch, losses)
 
             def matrix(key):
                 return stability_matrix(key, sampler, state, posterior, mask)
 
+            start_key = jax.random.wrap_key_data(last[1], impl=jax.random.key_impl(rng_key))
             # Where one chain runs alone, nothing but a trial under `vmap` finds it while tracing.
             jax.eval_shape(jax.vmap(matrix), start_key[None])
             stability = matrix(start_key)
-    return Trace(losses, references, gaps, distance, probe, stability, parts, extra)
-
-
+    return Trace(found, probe, stability)

@@ -6,13 +6,14 @@ temperature times the number of samples, `localization` the γ of Lau et al. 202
 """
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 
 from llc_jax.inputs.scalars import number, shown
 from llc_jax.losses import loss_and_grad
 from llc_jax.trees import apply_mask, displacement, vdot
-from llc_jax.types import Batch, Evaluation, LossFn, Params, PartsFn
+from llc_jax.types import Batch, Evaluation, LossFn, Params
 
 
 def default_nbeta(n: int) -> float:
@@ -32,44 +33,50 @@ def default_nbeta(n: int) -> float:
     return count / math.log(count)
 
 
+class LocalPosterior(NamedTuple):
+    """The posterior around one anchor: what varies along the first axis of the program.
+
+    Attributes:
+      anchor: w*, start of the chains and centre of the localization.
+      nbeta: scalar.
+      localization: γ, scalar.
+      mask: None, or 0/1 like params (or a scalar for a whole weight); zeros take no part.
+      step: training step of the anchor, part of the identity of the random numbers.
+    """
+
+    anchor: Params
+    nbeta: Any
+    localization: Any
+    mask: Params | None = None
+    step: Any = 0
+
+
 def evaluate(
     loss_fn: LossFn,
+    posterior: LocalPosterior,
     params: Params,
     batch: Batch,
-    anchor: Params,
-    nbeta: jax.Array,
-    localization: jax.Array,
-    mask: Params | None = None,
+    *,
     grad_accum: int = 1,
     anchor_losses: jax.Array | None = None,
-    parts_fn: PartsFn | None = None,
-    anchor_parts: jax.Array | None = None,
 ) -> Evaluation:
     """Loss, gradient and drift of the posterior at `params` on one minibatch.
 
     Args:
       loss_fn: per-example losses.
+      posterior: of which the numbers are arrays.
       params: the point w.
       batch: the minibatch B.
-      anchor: w*, like params.
-      nbeta: scalar.
-      localization: γ, scalar.
-      mask: None, or 0/1 like params; zeros take no part.
       grad_accum: number of micro-batches.
       anchor_losses: [batch] losses of w* on the same minibatch; None for 0.
-      parts_fn: see `loss_and_grad`.
-      anchor_parts: see `loss_and_grad`.
     """
-    loss, grad, gaps = loss_and_grad(
-        loss_fn, params, batch, grad_accum, parts_fn, anchor_losses, anchor_parts
-    )
+    anchor, nbeta, localization, mask, _ = posterior
+    loss, grad, gap = loss_and_grad(loss_fn, params, batch, grad_accum, anchor_losses)
     grad = apply_mask(mask, grad)
     pull = apply_mask(mask, displacement(params, anchor))
     drift = jax.tree.map(
         lambda g, d: nbeta.astype(g.dtype) * g + localization.astype(g.dtype) * d, grad, pull
     )
-    energy = nbeta.astype(gaps.loss.dtype) * gaps.loss
+    energy = nbeta.astype(gap.dtype) * gap
     energy += localization.astype(energy.dtype) * vdot(pull, pull).astype(energy.dtype) / 2
-    return Evaluation(loss, energy, grad, drift, nbeta, gaps)
-
-
+    return Evaluation(loss, energy, grad, drift, nbeta, gap)

@@ -55,7 +55,7 @@ def look_at(
       mask: None, or 0/1 like params.
       probing: the same for every chain, so that vmap keeps the branch a branch.
     """
-    blank = jnp.zeros_like(here.gaps.loss)
+    blank = jnp.zeros_like(here.gap)
     measured = hasattr(sampler, "log_acceptance")  # as against a test that the sampler makes
     ratio = blank if measured else getattr(new_state, "log_acceptance", None)
     ratio = ratio if ratio is None else ratio.astype(blank.dtype)
@@ -83,7 +83,7 @@ def look_at(
         if not measured and ratio is not None:  # a refused proposal is not rounded away
             heating = jnp.where(norm(move) > 0, heating, 0)
         found = sampler.log_acceptance(move, here, far[0]) if measured else ratio
-        change = end.gaps.loss - here.gaps.loss
+        change = end.gap - here.gap
         seen = Probe(found, change, predicted, norm(here.grad), heating)
         return jax.tree.map(lambda x: x.astype(blank.dtype), seen)
 

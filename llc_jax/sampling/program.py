@@ -1,7 +1,6 @@
 """Many chains and checkpoints as one compiled, sharded program."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,88 +9,107 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llc_jax import parallel
+from llc_jax.observables import Anchor, Recorder
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.sampling.chain import Plan, Trace, sample_chain
-from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
+from llc_jax.sampling.posterior import LocalPosterior
+from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("loss_fn", "stream", "plan", "num_chains", "mesh", "parts_fn", "collect"),
+    jax.jit, static_argnames=("loss_fn", "stream", "plan", "num_chains", "mesh", "recorder")
 )
 def sample(
     rng_key: jax.Array,
-    steps: jax.Array,
-    checkpoints: Params,
-    references: tuple[jax.Array | None, jax.Array | None],
-    data: Batch | None,
+    posteriors: LocalPosterior,
     sampler: Sampler,
-    nbeta: jax.Array,
-    localization: jax.Array,
-    mask: Params | None,
+    references: jax.Array | None,
+    prepared: dict[str, Any],
+    data: Batch | None,
+    held: list[jax.Array],
     *,
     loss_fn: LossFn,
     stream: Stream | None,
     plan: Plan,
     num_chains: int,
     mesh: Mesh,
-    parts_fn: PartsFn | None = None,
-    collect: Callable[[Params, Batch], Any] | None = None,
+    recorder: Recorder,
 ) -> Trace:
-    """Samples `num_chains` chains in each of a stack of lanes: a checkpoint and its settings.
+    """Samples `num_chains` chains in each of a stack of local posteriors.
 
     Args:
       rng_key: typed key; chain c of checkpoint s uses `fold_in(fold_in(rng_key, s), c)`, so a
         chain does not depend on what else runs beside it.
-      steps: [checkpoint] training steps, uint32.
-      checkpoints: params with a leading axis [checkpoint], a multiple of the mesh axis. A grid of
-        settings is one checkpoint over and over.
-      references: losses [checkpoint, n] and parts [checkpoint, n, part] at the anchors, see
-        `anchors.losses_at`; None for a stream, or without `parts_fn`.
-      data: finite data set, replicated; None with a `stream`.
+      posteriors: each leaf with a leading axis [checkpoint], a multiple of the mesh axis; steps are
+        uint32. A grid of settings, or of masks, is one checkpoint over and over.
       sampler: sampler whose hyperparameters are [checkpoint].
-      nbeta: [checkpoint].
-      localization: [checkpoint].
-      mask: None, or 0/1 like params.
+      references: losses [checkpoint, n] at the anchors, see `anchors.losses_at`; None for a stream.
+      prepared: see `prepare`.
+      data: finite data set, replicated; None with a `stream`.
+      held: arrays of the observables, replicated.
       loss_fn: static.
       stream: static; None with finite `data`.
       plan: static sizes.
       num_chains: a multiple of mesh axis times `plan.chain_batch`.
       mesh: axes (checkpoint, chain); each device runs its own lanes and never talks to another.
-      parts_fn: static, see `sample_chain`.
-      collect: static, see `sample_chain`.
+      recorder: static, the observables without their arrays.
 
     Returns:
       A `Trace` with leading axes [checkpoint, chain].
     """
 
-    def local(
-        key, steps, chains, checkpoints, references, data, sampler, nbeta, localization, mask
-    ):
-        def one_checkpoint(step, anchor, reference, sampler, nbeta, localization):
-            key_s = jax.random.fold_in(key, step)
+    def local(key, chains, posteriors, sampler, references, prepared, data, held):
+        observables = recorder.join(held)
+
+        def one_checkpoint(here, sampler, reference, prepared):
+            key_s = jax.random.fold_in(key, here.step)
 
             def one_chain(chain):
                 return sample_chain(
-                    jax.random.fold_in(key_s, chain), loss_fn, anchor, stream or data, *reference,
-                    sampler, nbeta, localization, mask, plan, parts_fn, collect,
+                    jax.random.fold_in(key_s, chain), loss_fn, here, stream or data, reference,
+                    prepared, sampler, plan, observables,
                 )  # fmt: skip
 
             return parallel.map_in_batches(one_chain, chains, plan.chain_batch)
 
-        return parallel.vmap(one_checkpoint)(
-            steps, checkpoints, references, sampler, nbeta, localization
-        )
+        return parallel.vmap(one_checkpoint)(posteriors, sampler, references, prepared)
 
     lane = P(CHECKPOINT)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(), lane, P(CHAIN), lane, lane, P(), lane, lane, lane, P()),
+        in_specs=(P(), P(CHAIN), lane, lane, lane, lane, P(), P()),
         out_specs=P(CHECKPOINT, CHAIN),
         # Loop carries start replicated (the anchor) and end varying; nothing is ever reduced.
         check_vma=False,
     )(
-        rng_key, steps, jnp.arange(num_chains, dtype=jnp.uint32), checkpoints, references, data,
-        sampler, nbeta, localization, mask,
+        rng_key, jnp.arange(num_chains, dtype=jnp.uint32), posteriors, sampler, references,
+        prepared, data, held,
     )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "stream", "plan", "mesh", "recorder"))
+def prepare(
+    anchors: Params,
+    data: Batch | None,
+    held: list[jax.Array],
+    *,
+    loss_fn: LossFn,
+    stream: Stream | None,
+    plan: Plan,
+    mesh: Mesh,
+    recorder: Recorder,
+) -> dict[str, Any]:
+    """What the observables need of each of a stack of anchors; arguments as in `sample`."""
+
+    def local(anchors, data, held):
+        def one(params):
+            at = Anchor(loss_fn, params, stream or data, plan.micro_batch)
+            return {name: x.prepare(at) for name, x in recorder.join(held).items()}
+
+        return parallel.vmap(one)(anchors)
+
+    lane = P(CHECKPOINT)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(lane, P(), P()), out_specs=lane, check_vma=False
+    )(anchors, data, held)

@@ -73,6 +73,26 @@ def mean_stderr(draws: np.ndarray) -> float:
     return math.sqrt(((length - 1) / length * within + between) / ess)
 
 
+def mean_stderrs(draws: np.ndarray, at_once: int = 4096) -> np.ndarray:
+    """`mean_stderr` of each of the columns of draws[chain, draw, ...], shape [...]."""
+    from numpyro.diagnostics import effective_sample_size as ess
+
+    chains, length, *shape = draws.shape
+    columns = draws.reshape(chains, length, -1)
+    found = np.full(columns.shape[2], np.nan)
+    if chains < 1 or length < MIN_DRAWS:
+        return found.reshape(shape)
+    for first in range(0, columns.shape[2], at_once):
+        some = columns[:, :, first : first + at_once].astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            within = some.var(axis=1, ddof=1).mean(axis=0)
+            between = some.mean(axis=1).var(axis=0, ddof=1) if chains > 1 else 0.0
+            size = np.asarray(ess(some))
+            variance = ((length - 1) / length * within + between) / size
+            found[first : first + at_once] = np.where(size > 0, np.sqrt(variance), np.nan)
+    return found.reshape(shape)
+
+
 def shift_in_stderrs(early: np.ndarray, late: np.ndarray) -> float:
     """Mean of late[chain, draw] minus that of early, in units of their joint standard error."""
     spread = math.hypot(mean_stderr(early), mean_stderr(late))
