@@ -9,6 +9,7 @@ import pytest
 
 from llc_jax import default_nbeta
 from llc_jax.losses import loss_and_grad, losses_of, mean_loss
+from llc_jax.observables import Draw, LossTerms
 from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.trees import apply_mask, at_least_float32, displacement, standard_normal_like
 
@@ -234,10 +235,10 @@ def test_gaps_keep_the_digits_of_single_examples_beside_a_large_constant():
         return anchor_losses + unit * batch * params["w"]
 
     batch, params = jnp.asarray([1.0, 0.0, 0.0]), {"w": jnp.float32(1)}
-    loss, _, gaps = loss_and_grad(shifted, params, batch, anchor_losses=anchor_losses)
-    assert gaps.loss == unit / np.float32(3)
+    loss, _, gap = loss_and_grad(shifted, params, batch, anchor_losses=anchor_losses)
+    assert gap == unit / np.float32(3)
     assert float(loss) - float(constant) in (0.0, float(unit))
-    parts = lambda p, b: jnp.stack([shifted(p, b), -shifted(p, b)], axis=1)  # noqa: E731
-    at_anchor = jnp.stack([anchor_losses, -anchor_losses], axis=1)
-    *_, gaps = loss_and_grad(shifted, params, batch, 1, parts, anchor_losses, at_anchor)
-    np.testing.assert_array_equal(gaps.parts, gaps.loss * np.array([1, -1], np.float32))
+    terms = LossTerms(lambda p, b: jnp.stack([shifted(p, b), -shifted(p, b)], axis=1))
+    here = LocalPosterior({"w": jnp.float32(0)}, None, None)
+    draw = Draw(shifted, here, params, batch, None, None, loss, None, gap, chunk=3)
+    np.testing.assert_array_equal(terms.record(None, draw), gap * np.array([1, -1], np.float32))
