@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,23 +56,33 @@ def map_checkpoints(
 
     @undisturbed()
     def results(chunk: list[tuple[int, Params]]) -> Any:
-        # The last chunk repeats its last checkpoint: same shapes, no second compilation.
-        full = chunk + chunk[-1:] * (checkpoint_batch - len(chunk))
-        steps = np.asarray([step for step, _ in full], np.uint32)
-        stacked = jax.tree.map(
-            lambda *x: np.stack([np.asarray(a) for a in x]), *[p for _, p in full]
-        )
-        steps, stacked = jax.device_put((steps, stacked), NamedSharding(mesh, P("batch")))
-        return jax.device_get(_apply(steps, stacked, args, function=function, mesh=mesh))
+        stacked = stack([(np.uint32(step), params) for step, params in chunk], checkpoint_batch)
+        steps, params = jax.device_put(stacked, NamedSharding(mesh, P("batch")))
+        return jax.device_get(_apply(steps, params, args, function=function, mesh=mesh))
 
     def run() -> Iterator[tuple[int, Any]]:
-        rest = itertools.chain([first], map(checked, pairs))
-        while chunk := list(itertools.islice(rest, checkpoint_batch)):
+        for chunk in chunks(itertools.chain([first], map(checked, pairs)), checkpoint_batch):
             found = results(chunk)
             for row, (step, _) in enumerate(chunk):
                 yield int(step), jax.tree.map(lambda x, row=row: x[row], found)
 
     return run()
+
+
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yields `items` in lists of `size`, the last of them shorter; reads no further than that."""
+    rest = iter(items)
+    while chunk := list(itertools.islice(rest, size)):
+        yield chunk
+
+
+def stack(trees: Sequence[Any], size: int) -> Any:
+    """Stacks up to `size` pytrees along a new first axis of that length, on the host.
+
+    The last one is repeated until there are `size`: equal shapes, so no second compilation.
+    """
+    full = [*trees, *[trees[-1]] * (size - len(trees))]
+    return jax.tree.map(lambda *x: np.stack([np.asarray(a) for a in x]), *full)
 
 
 @functools.partial(jax.jit, static_argnames=("function", "mesh"))

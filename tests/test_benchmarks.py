@@ -24,7 +24,7 @@ from experiments.benchmarks import (
     tpu_aot,
 )
 from llc_jax import parallel
-from llc_jax.curvature import Estimate, hvp
+from llc_jax.curvature import ProbeMean, hvp
 from llc_jax.problems.regression.model import RegressionTransformer, init_params
 from llc_jax.trees import Layout
 
@@ -213,5 +213,5 @@ def test_power_iteration_finds_the_ends_it_would_and_counts_its_products():
 
 def test_probes_are_as_many_as_the_error_wants():
     # 64 probes gave 8 %; 2 % takes 16 times as many.
-    assert curvature.probes_needed(Estimate(50.0, 4.0)) == 64 * 16
-    assert curvature.probes_needed(Estimate(50.0, 1e-9)) == 2
+    assert curvature.probes_needed(ProbeMean(50.0, 4.0)) == 64 * 16
+    assert curvature.probes_needed(ProbeMean(50.0, 1e-9)) == 2

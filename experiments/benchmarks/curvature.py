@@ -119,7 +119,7 @@ def compare(step: int, loss, params, data, config: Config) -> str:
             break
 
     piloted = sweep(PILOT, iterations)
-    few = probes_needed(curvature.Estimate(piloted.trace, piloted.trace_stderr))
+    few = probes_needed(curvature.ProbeMean(piloted.trace, piloted.trace_stderr))
     ours = sweep(few, iterations)
 
     seconds = timing.interleaved(

@@ -8,12 +8,12 @@ from llc_jax.curvature.estimators import (
     top_eigenvalues,
 )
 from llc_jax.curvature.hessian import HessianProduct, hvp
-from llc_jax.curvature.spectrum import Eigenvalues, Estimate, SpectralDensity
+from llc_jax.curvature.spectrum import Eigenvalues, ProbeMean, SpectralDensity
 
 __all__ = [
     "Eigenvalues",
-    "Estimate",
     "HessianProduct",
+    "ProbeMean",
     "SpectralDensity",
     "deflated_trace",
     "gaussian_llc",

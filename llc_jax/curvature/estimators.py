@@ -15,11 +15,11 @@ import jax
 
 from llc_jax.ambient import own_key, together, undisturbed
 from llc_jax.curvature.hessian import HessianProduct, hvp
-from llc_jax.curvature.krylov import Plan, quadratic_forms, tridiagonal, tridiagonals
+from llc_jax.curvature.krylov import DensitySizes, quadratic_forms, tridiagonal, tridiagonals
 from llc_jax.curvature.lanczos import ritz_values
 from llc_jax.curvature.spectrum import (
     Eigenvalues,
-    Estimate,
+    ProbeMean,
     SpectralDensity,
     check_temperature,
     combine,
@@ -31,8 +31,16 @@ from llc_jax.trees import Layout
 from llc_jax.types import Params
 
 __all__ = [
-    "Eigenvalues", "Estimate", "HessianProduct", "SpectralDensity", "deflated_trace",
-    "gaussian_llc", "hutchinson_trace", "hvp", "spectral_density", "top_eigenvalues",
+    "Eigenvalues",
+    "HessianProduct",
+    "ProbeMean",
+    "SpectralDensity",
+    "deflated_trace",
+    "gaussian_llc",
+    "hutchinson_trace",
+    "hvp",
+    "spectral_density",
+    "top_eigenvalues",
 ]  # fmt: skip
 
 Matvec = Callable[[Params], Params]
@@ -41,7 +49,7 @@ Matvec = Callable[[Params], Params]
 @undisturbed()
 def hutchinson_trace(
     rng_key: jax.Array, matvec: Matvec, params: Params, *, num_probes: int, probe_batch: int = 1
-) -> Estimate:
+) -> ProbeMean:
     """Estimates tr H by the mean of zᵀ H z over random signs z; `num_probes` products.
 
     Args:
@@ -70,7 +78,7 @@ def deflated_trace(
     num_probes: int,
     num_deflated: int,
     probe_batch: int = 1,
-) -> Estimate:
+) -> ProbeMean:
     """Estimates tr H with less variance where few eigenvalues dominate.
 
     The trace on a Krylov space, which holds the dominant directions, is exact, and random probes
@@ -171,8 +179,8 @@ def spectral_density(
         checks.nonnegative("width", width)
         if not width > 0:
             raise ValueError(f"width={checks.shown(width)}: it must be above 0, or None.")
-    plan = Plan(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
-    deflated, probes = tridiagonals(rng_key, operator, layout, plan)
+    sizes = DensitySizes(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
+    deflated, probes = tridiagonals(rng_key, operator, layout, sizes)
     size = layout.num_kept(getattr(operator, "mask", None))
     return combine(deflated, probes, size, num_deflated, num_points, width)
 
@@ -189,7 +197,7 @@ def gaussian_llc(
     num_deflated: int = 16,
     probe_batch: int = 1,
     positive_part: bool = False,
-) -> Estimate:
+) -> ProbeMean:
     """What λ̂ would be if the loss were its quadratic form: ½ tr[nbeta H (nbeta H + γ)⁻¹].
 
     The mean loss gap times nbeta under the Gaussian exp(-nbeta xᵀHx/2 - γ|x|²/2). It needs no

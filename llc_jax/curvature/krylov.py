@@ -17,7 +17,7 @@ from llc_jax.parallel import map_in_batches
 from llc_jax.trees import Layout
 
 
-class Plan(NamedTuple):
+class DensitySizes(NamedTuple):
     """The integers that fix the shapes of a density: static.
 
     Attributes:
@@ -64,15 +64,15 @@ def tridiagonal(rng_key, operator, layout, num_iterations):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def tridiagonals(rng_key, operator, layout, plan) -> tuple[Tridiagonal | None, Tridiagonal]:
+def tridiagonals(rng_key, operator, layout, sizes) -> tuple[Tridiagonal | None, Tridiagonal]:
     """(T of the deflating run or None, T of the probes with leading axis [P])."""
     product, project = maps(operator, layout)
     deflated, basis = None, None
-    if plan.num_deflated:
-        key = jax.random.fold_in(rng_key, plan.num_probes)
-        length = min(plan.num_deflated + plan.num_iterations, layout.size)
+    if sizes.num_deflated:
+        key = jax.random.fold_in(rng_key, sizes.num_probes)
+        length = min(sizes.num_deflated + sizes.num_iterations, layout.size)
         deflated, basis = _run(key, product, project, layout, length)
-        basis = basis[: plan.num_deflated]
+        basis = basis[: sizes.num_deflated]
 
     def outside(vector):
         vector = project(vector)
@@ -80,9 +80,9 @@ def tridiagonals(rng_key, operator, layout, plan) -> tuple[Tridiagonal | None, T
 
     def one(probe):
         key = jax.random.fold_in(rng_key, probe)
-        return _run(key, product, outside, layout, plan.num_iterations)[0]
+        return _run(key, product, outside, layout, sizes.num_iterations)[0]
 
-    return deflated, map_in_batches(one, jnp.arange(plan.num_probes), plan.probe_batch)
+    return deflated, map_in_batches(one, jnp.arange(sizes.num_probes), sizes.probe_batch)
 
 
 def _run(rng_key, product, project, layout, num_iterations) -> tuple[Tridiagonal, jax.Array]:

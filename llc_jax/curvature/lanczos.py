@@ -6,11 +6,13 @@ one start; batch it with `vmap`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from llc_jax.trees import norm, vdot, widest
 
 
 class Tridiagonal(NamedTuple):
@@ -20,13 +22,19 @@ class Tridiagonal(NamedTuple):
       diagonal: [k].
       couplings: [k] between rows i - 1 and i; 0 at i = 0 and wherever a new start was needed.
       residual: norm of what the last step left over; 0 if Q spans an invariant subspace.
-      valid: [k] false once Q spans the whole space and no further direction exists.
+      valid: [k] false once Q spans the whole space and no further direction exists; without
+        reorthogonalisation always true.
     """
 
     diagonal: jax.Array
     couplings: jax.Array
     residual: jax.Array
     valid: jax.Array
+
+    def times(self, factor: jax.Array | float) -> "Tridiagonal":
+        """Returns T of the map times `factor` >= 0, a scalar, in the dtype of T."""
+        scaled = (jnp.asarray(factor, x.dtype) * x for x in self[:3])
+        return Tridiagonal(*scaled, self.valid)
 
 
 class RitzValues(NamedTuple):
@@ -48,64 +56,93 @@ class RitzValues(NamedTuple):
 
 
 def lanczos(
-    product: Callable[[jax.Array], jax.Array],
-    draw: Callable[[jax.Array], jax.Array],
-    zero: jax.Array,
+    product: Callable[[Any], Any],
+    draw: Callable[[jax.Array], Any],
+    zero: Any,
     num_iterations: int,
-) -> tuple[Tridiagonal, jax.Array]:
-    """Runs k iterations with full reorthogonalisation, each vector against all before it, twice.
+    *,
+    reorthogonalize: bool = True,
+) -> tuple[Tridiagonal, jax.Array | None]:
+    """Runs k iterations, with full reorthogonalisation or with none.
 
-    When the Krylov space is invariant (a breakdown: low rank, equal eigenvalues), it goes on from
-    a fresh vector orthogonal to it, uncoupled from what came before. So equal eigenvalues are
-    found as often as they occur, while the quadrature weights of the first start stay what they
-    are.
+    With it, each vector is made orthogonal to all before it, twice. When the Krylov space is
+    invariant (a breakdown: low rank, equal eigenvalues), it goes on from a fresh vector orthogonal
+    to it, uncoupled from what came before. So equal eigenvalues are found as often as they occur,
+    while the quadrature weights of the first start stay what they are.
+
+    Without it, the memory is that of three vectors. Rounding then makes copies of eigenvalues that
+    have converged, which does no harm to the largest. After a breakdown, T goes on with zeros.
 
     Args:
-      product: v [d] -> A v [d].
-      draw: i -> the random vector [d] that starts afresh at iteration i; i = 0 is the start.
-      zero: zeros [d], whose dtype is that of the computation.
-      num_iterations: k, static; memory is that of k vectors.
+      product: v -> A v.
+      draw: i -> the random vector that starts afresh at iteration i; i = 0 is the start.
+      zero: a vector of zeros, which sets shapes and dtypes: an array [d] with
+        reorthogonalisation, any pytree of floating-point arrays without it.
+      num_iterations: k, static; with reorthogonalisation the memory is that of k vectors.
+      reorthogonalize: static.
 
     Returns:
-      (T, Q [k, d]), rows of Q orthonormal, and zero where not valid.
+      (T, Q [k, d]), rows of Q orthonormal, and zero where not valid; without reorthogonalisation
+      (T, None).
 
-    Source: Golub and Van Loan 2013, Matrix Computations, section 10.3; Parlett 1998, The
-    Symmetric Eigenvalue Problem, section 6.9 ("twice is enough").
+    Source: Golub and Van Loan 2013, Matrix Computations, sections 10.1 and 10.3; Parlett 1998,
+    The Symmetric Eigenvalue Problem, section 6.9 ("twice is enough"); Paige 1972 for none.
     """
-    epsilon = float(jnp.finfo(zero.dtype).eps)
+    step = _full_step if reorthogonalize else _short_step
 
-    def orthogonal(vector, basis):
-        return vector - (basis @ vector) @ basis
+    def iteration(carry, i):
+        return step(product, draw, i, *carry)
 
-    def iteration(i, carry):
-        basis, diagonal, couplings, valid, rest, scale = carry
-        left = jnp.linalg.norm(rest)
-        fresh = left <= 10 * epsilon * scale  # rounding of A v, not a direction
-        before = jnp.where(fresh, draw(i), rest)
-        vector = orthogonal(orthogonal(before, basis), basis)
-        length = jnp.linalg.norm(vector)
-        exists = length > 100 * epsilon * jnp.linalg.norm(before)
-        vector = jnp.where(exists, vector / jnp.where(exists, length, 1.0), 0.0)
-        basis = basis.at[i].set(vector)
-        image = product(vector)
-        rest = orthogonal(image, basis)
-        return (
-            basis,
-            diagonal.at[i].set(jnp.vdot(vector, image)),
-            couplings.at[i].set(jnp.where(fresh | ~exists, 0.0, length)),
-            valid.at[i].set(exists),
-            rest,
-            jnp.maximum(scale, jnp.linalg.norm(image)),
-        )
+    none = jnp.zeros((), widest(zero))
+    if reorthogonalize:
+        start = (jnp.zeros((num_iterations, zero.size), zero.dtype), none, zero)
+    else:
+        start = (zero, none, draw(jnp.zeros((), int)))
+    (memory, scale, rest), rows = jax.lax.scan(iteration, start, jnp.arange(num_iterations))
+    if not reorthogonalize:
+        return Tridiagonal(*rows[:2], norm(rest), rows[2]), None
+    left = norm(_orthogonal(rest, memory))
+    residual = jnp.where(left <= _rounding(10, zero) * scale, 0.0, left)
+    return Tridiagonal(*rows[:2], residual, rows[2]), memory
 
-    row = jnp.zeros(num_iterations, zero.dtype)
-    start = (jnp.zeros((num_iterations, zero.size), zero.dtype), row, row, row > 0, zero, row[0])
-    basis, diagonal, couplings, valid, rest, scale = jax.lax.fori_loop(
-        0, num_iterations, iteration, start
-    )
-    left = jnp.linalg.norm(orthogonal(rest, basis))
-    residual = jnp.where(left <= 10 * epsilon * scale, 0.0, left)
-    return Tridiagonal(diagonal, couplings, residual, valid), basis
+
+def _full_step(product, draw, i, basis, scale, rest):
+    """Iteration i from all vectors before it; `scale` is the longest image so far."""
+    fresh = norm(rest) <= _rounding(10, rest) * scale  # rounding of A v, not a direction
+    before = jnp.where(fresh, draw(i), rest)
+    vector = _orthogonal(_orthogonal(before, basis), basis)
+    length = norm(vector)
+    exists = length > _rounding(100, rest) * norm(before)
+    vector = jnp.where(exists, vector / jnp.where(exists, length, 1.0), 0.0)
+    basis = basis.at[i].set(vector)
+    image = product(vector)
+    row = vdot(vector, image), jnp.where(fresh | ~exists, 0.0, length), exists
+    return (basis, jnp.maximum(scale, norm(image)), _orthogonal(image, basis)), row
+
+
+def _short_step(product, _, i, before, scale, rest):
+    """Iteration i from the one vector before it, on pytrees."""
+    length = norm(rest)
+    safe = jnp.where(length > 0, length, 1)
+    vector = jax.tree.map(lambda x: x / safe.astype(x.dtype), rest)
+    coupling = jnp.where(i == 0, jnp.zeros_like(length), length)
+    image = product(vector)
+    entry = vdot(vector, image)
+    rest = jax.tree.map(
+        lambda y, v, u: y - entry.astype(y.dtype) * v - coupling.astype(y.dtype) * u,
+        image, vector, before,
+    )  # fmt: skip
+    return (vector, scale, rest), (entry, coupling, jnp.ones((), bool))
+
+
+def _orthogonal(vector: jax.Array, basis: jax.Array) -> jax.Array:
+    """What `vector` has outside of the span of the rows of `basis`."""
+    return vector - (basis @ vector) @ basis
+
+
+def _rounding(units: float, vector: jax.Array) -> float:
+    """So many units of rounding of the dtype of `vector`."""
+    return units * float(jnp.finfo(vector.dtype).eps)
 
 
 def ritz_values(tridiagonal: Tridiagonal, rows: int = 1) -> RitzValues:
@@ -115,30 +152,53 @@ def ritz_values(tridiagonal: Tridiagonal, rows: int = 1) -> RitzValues:
       tridiagonal: with any leading axes.
       rows: how many of the first entries of the eigenvectors the weights add up.
     """
-    traced = isinstance(tridiagonal.diagonal, jax.core.Tracer)
-    xp = jnp if traced else np
-    diagonal, couplings, residual = (
-        x if traced else np.asarray(x, np.float64) for x in tridiagonal[:3]
-    )
-    valid = xp.asarray(tridiagonal.valid)
-    size = diagonal.shape[-1]
+    xp, t = _precise(tridiagonal)
     # Rows that do not exist are uncoupled: a value beyond the spectrum sorts them to the end.
-    bound = xp.max(xp.abs(diagonal), axis=-1) + 2 * xp.max(couplings, axis=-1)
-    beyond = 2 * bound[..., None] + 1
-    axes = (1,) * (diagonal.ndim - 1)
-    identity = xp.eye(size, dtype=diagonal.dtype).reshape(*axes, size, size)
-    below = xp.eye(size, k=-1, dtype=diagonal.dtype).reshape(*axes, size, size)
-    lower = couplings[..., :, None] * below
-    matrix = xp.where(valid, diagonal, beyond)[..., :, None] * identity
-    matrix = matrix + lower + xp.swapaxes(lower, -1, -2)
-    finite = xp.isfinite(matrix).all(axis=(-2, -1), keepdims=True)  # LAPACK may refuse others
-    values, vectors = xp.linalg.eigh(xp.where(finite, matrix, identity))
-    values = xp.where(finite[..., 0], values, xp.nan)
-    count = xp.sum(valid, axis=-1)
-    exists = xp.arange(size).reshape(*axes, size) < count[..., None]
+    bound = xp.max(xp.abs(t.diagonal), axis=-1) + 2 * xp.max(t.couplings, axis=-1)
+    diagonal = xp.where(t.valid, t.diagonal, 2 * bound[..., None] + 1)
+    matrix, finite = _dense(xp, diagonal, t.couplings)
+    identity = _identity(xp, diagonal).astype(diagonal.dtype)
+    values, vectors = xp.linalg.eigh(xp.where(finite[..., None, None], matrix, identity))
+    values = xp.where(finite[..., None], values, xp.nan)
+    count = xp.sum(t.valid, axis=-1)
+    places = xp.arange(diagonal.shape[-1]).reshape(*(1,) * count.ndim, -1)
+    exists = places < count[..., None]
     return RitzValues(
-        values=xp.where(exists, values, diagonal[..., :1]),
+        values=xp.where(exists, values, t.diagonal[..., :1]),
         weights=xp.where(exists, (vectors[..., :rows, :] ** 2).sum(-2), 0.0),
-        residuals=residual[..., None] * xp.abs(vectors[..., -1, :]),
+        residuals=t.residual[..., None] * xp.abs(vectors[..., -1, :]),
         count=count,
     )
+
+
+def largest_eigenvalue(tridiagonal: Tridiagonal) -> np.ndarray:
+    """Largest eigenvalue of T, on the host in float64, with the leading axes of T.
+
+    0 if none is positive; nan if an entry is not finite. Never above that of A, but for rounding.
+    """
+    _, t = _precise(tridiagonal)
+    matrix, finite = _dense(np, t.diagonal, t.couplings)
+    top = np.linalg.eigvalsh(np.where(finite[..., None, None], matrix, 0.0))[..., -1]
+    return np.where(finite, np.maximum(top, 0.0), np.nan)
+
+
+def _precise(tridiagonal: Tridiagonal) -> tuple[Any, Tridiagonal]:
+    """(numpy, T in float64), or (jax.numpy, T) while tracing."""
+    if isinstance(tridiagonal.diagonal, jax.core.Tracer):
+        return jnp, tridiagonal
+    numbers = (np.asarray(x, np.float64) for x in tridiagonal[:3])
+    return np, Tridiagonal(*numbers, np.asarray(tridiagonal.valid))
+
+
+def _dense(xp, diagonal, couplings) -> tuple[Any, Any]:
+    """([..., k, k] the matrix, [...] whether it is finite: LAPACK may refuse others)."""
+    lower = xp.where(_identity(xp, diagonal, 1), couplings[..., :, None], 0.0)
+    matrix = xp.where(_identity(xp, diagonal), diagonal[..., :, None], lower)
+    matrix = matrix + xp.swapaxes(lower, -1, -2)
+    return matrix, xp.isfinite(matrix).all(axis=(-2, -1))
+
+
+def _identity(xp, diagonal, below: int = 0) -> Any:
+    """True on the diagonal or `below` it, with as many axes as the matrix (strict promotion)."""
+    size = diagonal.shape[-1]
+    return xp.eye(size, k=-below, dtype=bool).reshape(*(1,) * (diagonal.ndim - 1), size, size)

@@ -11,7 +11,7 @@ import numpy as np
 from llc_jax.ambient import own_key, undisturbed
 from llc_jax.checkpoint_map import map_checkpoints
 from llc_jax.curvature.hessian import hvp
-from llc_jax.curvature.krylov import Plan, tridiagonals
+from llc_jax.curvature.krylov import DensitySizes, tridiagonals
 from llc_jax.curvature.lanczos import ritz_values
 from llc_jax.curvature.spectrum import check_temperature, combine, ends
 from llc_jax.inputs import checks
@@ -116,33 +116,33 @@ def curvature_over_checkpoints(
         raise ValueError(
             f"num_eigenvalues={num_eigenvalues} is above the number of weights {layout.size}."
         )
-    plan = Plan(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
+    sizes = DensitySizes(num_probes, min(num_iterations, layout.size), num_deflated, probe_batch)
     size = float(layout.num_kept(operator.mask))
     settings = {"nbeta": float(nbeta), "localization": float(localization)}
     found = map_checkpoints(
-        _Runs(layout, plan), itertools.chain([first], pairs), rng_key,
+        _LanczosRuns(layout, sizes), itertools.chain([first], pairs), rng_key,
         dataclasses.replace(operator, params=None), checkpoint_batch=checkpoint_batch,
     )  # fmt: skip
     return (
-        (step, _summary(deflated, probes, size, plan, num_eigenvalues, settings))
+        (step, _summary(deflated, probes, size, sizes, num_eigenvalues, settings))
         for step, (deflated, probes) in found
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Runs:
+class _LanczosRuns:
     """The Lanczos runs at one checkpoint."""
 
     layout: Layout
-    plan: Plan
+    sizes: DensitySizes
 
     def __call__(self, step, params, rng_key, operator):
         at = dataclasses.replace(operator, params=self.layout.widen(params))
-        return tridiagonals(jax.random.fold_in(rng_key, step), at, self.layout, self.plan)
+        return tridiagonals(jax.random.fold_in(rng_key, step), at, self.layout, self.sizes)
 
 
-def _summary(deflated, probes, size, plan, num_eigenvalues, settings) -> Curvature:
-    density = combine(deflated, probes, size, plan.num_deflated)
+def _summary(deflated, probes, size, sizes, num_eigenvalues, settings) -> Curvature:
+    density = combine(deflated, probes, size, sizes.num_deflated)
     eigenvalues = ends(ritz_values(deflated), num_eigenvalues)
     value = density.gaussian_llc(**settings)
     positive = density.gaussian_llc(**settings, positive_part=True)
@@ -158,5 +158,5 @@ def _summary(deflated, probes, size, plan, num_eigenvalues, settings) -> Curvatu
         gaussian_llc_stderr=float(value.stderr),
         positive_llc=float(positive.mean),
         positive_llc_stderr=float(positive.stderr),
-        num_products=deflated.diagonal.size + plan.num_probes * plan.num_iterations,
+        num_products=deflated.diagonal.size + sizes.num_probes * sizes.num_iterations,
     )

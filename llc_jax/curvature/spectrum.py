@@ -16,7 +16,7 @@ from llc_jax.curvature.lanczos import RitzValues, Tridiagonal, ritz_values
 from llc_jax.inputs import checks
 
 
-class Estimate(NamedTuple):
+class ProbeMean(NamedTuple):
     """A Monte-Carlo mean and its standard error over the probes."""
 
     mean: Any
@@ -76,7 +76,7 @@ class SpectralDensity(NamedTuple):
     grid: jax.Array
     density: jax.Array
 
-    def trace_of(self, function: Callable[[Any], Any]) -> Estimate:
+    def trace_of(self, function: Callable[[Any], Any]) -> ProbeMean:
         """Estimates tr f(H) for an elementwise `function` f of the eigenvalues.
 
         Unbiased if the iterations resolve f (polynomials of degree 2k - 1 exactly); the standard
@@ -86,7 +86,7 @@ class SpectralDensity(NamedTuple):
 
     def gaussian_llc(
         self, *, nbeta: float, localization: float, positive_part: bool = False
-    ) -> Estimate:
+    ) -> ProbeMean:
         """The same as `curvature.gaussian_llc`, for any number of settings from one density."""
         check_temperature(nbeta, localization)
         xp = _namespace(self.nodes)
@@ -94,7 +94,7 @@ class SpectralDensity(NamedTuple):
         precision = nbeta * nodes + localization
         safe = xp.where(precision > 0, precision, 1.0)
         found = self._replace(nodes=nodes).trace_of(lambda h: nbeta * h / (2 * safe))
-        return Estimate(*(xp.where((precision > 0).all(), x, xp.nan)[()] for x in found))
+        return ProbeMean(*(xp.where((precision > 0).all(), x, xp.nan)[()] for x in found))
 
 
 def combine(
@@ -151,11 +151,11 @@ def ends(ritz: RitzValues, number: int) -> Eigenvalues:
     return Eigenvalues(largest, smallest, largest_residuals, smallest_residuals)
 
 
-def mean(values: jax.Array) -> Estimate:
+def mean(values: jax.Array) -> ProbeMean:
     """The mean of [P] independent values and its standard error."""
     xp = _namespace(values)
     values = values if xp is jnp else np.asarray(values, np.float64)
-    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(values.size))
+    return ProbeMean(values.mean(), values.std(ddof=1) / math.sqrt(values.size))
 
 
 def check_temperature(nbeta: float, localization: float) -> None:

@@ -5,93 +5,25 @@ and their step bias is about a quarter of it in the stiffest direction. It is me
 chain is, not at the anchor: flat directions wander off, and there the curvature is another one.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from llc_jax.trees import apply_mask, at_least_float32, norm, standard_normal_like, vdot, widest
+from llc_jax.curvature.lanczos import Tridiagonal, lanczos, largest_eigenvalue
+from llc_jax.trees import apply_mask, at_least_float32, standard_normal_like
 from llc_jax.types import Evaluation, Params, Sampler
 
+__all__ = ["Tridiagonal", "largest_eigenvalue", "stability_matrix"]
+
 NUM_ITERATIONS = 12  # Hessian-vector products: outliers of a spectrum stand within a few percent
-
-
-class Tridiagonal(NamedTuple):
-    """A small symmetric matrix that has nearly the largest eigenvalue of a large operator.
-
-    Its eigenvalues are for the host: finding them within a program takes as long to compile as
-    much of a sampler, and a library call per device on the host's own threads can deadlock.
-
-    Attributes:
-      diagonal: [..., k], at least float32.
-      off_diagonal: [..., k - 1], likewise.
-    """
-
-    diagonal: jax.Array
-    off_diagonal: jax.Array
-
-
-def tridiagonal(rng_key: jax.Array, matvec, params: Params, num_iterations: int) -> Tridiagonal:
-    """Lanczos without a stored basis; consumes `rng_key`.
-
-    Rounding makes copies of converged eigenvalues, which does no harm to the largest, and the
-    memory is that of three vectors.
-
-    Args:
-      rng_key: for the start.
-      matvec: pytree like params -> like params, at least float32.
-      params: gives shapes.
-      num_iterations: products with the operator, static; one more for the start.
-
-    Source: Paige 1972; Golub & Van Loan, Matrix Computations, section 10.1.
-    """
-    wide = jax.tree.map(at_least_float32, params)
-
-    def unit(v):
-        length = norm(v)
-        safe = jnp.where(length > 0, length, 1)
-        return length, jax.tree.map(lambda x: x / safe.astype(x.dtype), v)
-
-    # One product first: it takes the start out of the null space, masked coordinates included.
-    _, start = unit(matvec(standard_normal_like(rng_key, wide)))
-
-    def iterate(carry, _):
-        before, now, beta = carry
-        image = matvec(now)
-        alpha = vdot(now, image)
-        rest = jax.tree.map(
-            lambda y, v, u: y - alpha.astype(y.dtype) * v - beta.astype(y.dtype) * u,
-            image, now, before,
-        )  # fmt: skip
-        length, following = unit(rest)
-        return (now, following, length), (alpha, length)
-
-    zero = jax.tree.map(jnp.zeros_like, start)
-    none = jnp.zeros((), widest(start))
-    _, (alphas, betas) = jax.lax.scan(iterate, (zero, start, none), length=num_iterations)
-    return Tridiagonal(alphas, betas[:-1])
-
-
-def largest_eigenvalue(matrix: Tridiagonal) -> np.ndarray:
-    """Largest eigenvalue of each of a stack of matrices, on the host, float64 [...].
-
-    0 if none is positive; nan if a matrix is not finite. From below that of the operator.
-    """
-    diagonal, off = (np.asarray(x, np.float64) for x in matrix)
-    k = diagonal.shape[-1]
-    dense = np.zeros((*diagonal.shape, k))
-    dense[..., np.arange(k), np.arange(k)] = diagonal
-    dense[..., np.arange(1, k), np.arange(k - 1)] = off  # eigvalsh reads the lower triangle
-    finite = np.isfinite(dense).all(axis=(-2, -1))
-    top = np.linalg.eigvalsh(np.where(finite[..., None, None], dense, 0.0))[..., -1]
-    return np.where(finite, np.maximum(top, 0.0), np.nan)
 
 
 def stability_matrix(
     rng_key: jax.Array, sampler: Sampler, state, evaluate, mask: Params | None = None
 ) -> Tridiagonal:
     """Returns a matrix whose largest eigenvalue is the stability number; consumes `rng_key`.
+
+    The eigenvalue is left to the host: to find it within a program takes as long to compile as
+    much of a sampler, and a library call per device on the host's own threads can deadlock.
 
     Args:
       rng_key: for the start of the iteration.
@@ -118,5 +50,13 @@ def stability_matrix(
         _, image = jax.jvp(drift, (params,), (tangent,))
         return jax.tree.map(jnp.multiply, scale, image)
 
-    found = tridiagonal(rng_key, matvec, params, NUM_ITERATIONS)
-    return jax.tree.map(lambda x: jnp.asarray(sampler.step_size, x.dtype) * x, found)
+    wide = jax.tree.map(at_least_float32, params)
+    found, _ = lanczos(
+        matvec,
+        # One product: it takes the start out of the null space, masked coordinates included.
+        lambda _: matvec(standard_normal_like(rng_key, wide)),
+        jax.tree.map(jnp.zeros_like, wide),
+        NUM_ITERATIONS,
+        reorthogonalize=False,
+    )
+    return found.times(sampler.step_size)
