@@ -65,7 +65,6 @@ def measure(config: Config, index: int) -> list[dict]:
     """λ̂ of one network at every localization, as one program; a row each."""
     import llc_jax
     from experiments import benchmark_dln
-    from llc_jax.calibration.pilot import fitted
     from llc_jax.problems.deep_linear import model as deep_linear
 
     source = dataclasses.replace(
@@ -85,7 +84,7 @@ def measure(config: Config, index: int) -> list[dict]:
     ]
     estimates = llc_jax.estimate_llc_over_settings(
         key, deep_linear.PopulationLoss(), net.params, net.batch,
-        sampler=fitted(llc_jax.BAOAB(1.0, 1.0), np.array(steps), gammas), nbeta=nbetas,
+        sampler=llc_jax.BAOAB(1.0, 1.0).with_step_size(np.array(steps), gammas), nbeta=nbetas,
         localization=gammas, num_chains=config.num_chains, num_draws=config.num_draws,
         num_burnin=config.num_burnin, thinning=config.thinning,
     )  # fmt: skip

@@ -80,9 +80,7 @@ class Sampler(Protocol):
     `Evaluation` on the minibatch of this step, the returned one is that at the point *before* the
     step, and `mask` is None or a pytree of 0/1 like params whose zeros must not move.
 
-    Optional, for the diagnostics: `log_acceptance(move, here, there)`, the log Metropolis ratio of
-    a step; or a field `log_acceptance` of the state, that of the last step; and
-    `preconditioner(state)`, the G (like params) by which the state multiplies the step size.
+    What else it may say of itself, and what holds if it does not: `llc_jax.samplers.base`.
     """
 
     def init(self, params: Params) -> Any:

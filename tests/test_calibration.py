@@ -26,8 +26,6 @@ from llc_jax.calibration.pilot import (
     Pilot,
     Settled,
     all_finite,
-    fitted,
-    relaxation_steps,
     stiffness_of,
     weakest_localization,
 )
@@ -42,6 +40,7 @@ from llc_jax.calibration.sweep import (
     plateau,
     sensitivity,
 )
+from llc_jax.samplers import base
 
 ROWS, DIM = 4, 40
 
@@ -82,8 +81,8 @@ def without_gap():
 def test_a_flat_direction_is_equilibrated_after_three_relaxation_times(sampler):
     # The exact covariance recursion of one direction with curvature γ only, started at rest.
     localization = 0.25
-    sampler = fitted(sampler, 0.01, localization)
-    steps = round(RELAXATIONS * float(relaxation_steps(sampler, localization)))
+    sampler = base.with_step_size(sampler, 0.01, localization)
+    steps = round(RELAXATIONS * float(base.relaxation_steps(sampler, localization)))
     h = math.sqrt(0.01)
     if isinstance(sampler, SGLD):
         move, noise = np.array([[1 - 0.005 * localization]]), np.array([[0.01]])
@@ -105,8 +104,8 @@ def test_a_flat_direction_is_equilibrated_after_three_relaxation_times(sampler):
 @pytest.mark.parametrize("sampler", [SGLD(1.0), BAOAB(1.0, 1.0)], ids=["SGLD", "BAOAB"])
 def test_the_weakest_localization_just_relaxes(sampler):
     gamma = weakest_localization(sampler, 5000.0, STEP_FRACTION, 700)
-    tuned = fitted(sampler, STEP_FRACTION / 5000.0, gamma)
-    assert 700 / relaxation_steps(tuned, gamma) == pytest.approx(RELAXATIONS, rel=1e-6)
+    tuned = base.with_step_size(sampler, STEP_FRACTION / 5000.0, gamma)
+    assert 700 / base.relaxation_steps(tuned, gamma) == pytest.approx(RELAXATIONS, rel=1e-6)
 
 
 def test_between_the_rungs_of_a_ladder_by_hand():
@@ -314,7 +313,7 @@ def made_up(with_gap, means, relaxations=10.0):
     return Sweep(
         np.array([0.4]), np.logspace(0, 1, b), np.logspace(0, 1, g), np.ones((1, b, g)),
         np.ones((b, g)), np.broadcast_to(relaxations, (1, b, g)), estimates,
-        np.array([with_gap.sweep.control[0]] * g),
+        np.array([with_gap.sweep.control[0]] * g), np.ones(g),
     )  # fmt: skip
 
 

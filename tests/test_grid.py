@@ -57,7 +57,8 @@ def sweep_of(grid, sound, ends):
     for index in np.ndindex(estimates.shape):
         estimates[index] = one
     return Sweep(grid.fractions, grid.nbetas, grid.localizations, steps, stiffness,
-                 grid.relaxations(steps), estimates, np.array([sound, sound]))  # fmt: skip
+                 grid.relaxations(steps), estimates, np.array([sound, sound]),
+                 np.ones(2))  # fmt: skip
 
 
 def test_where_curvature_is_the_same_everywhere_nothing_is_rehearsed(sound):

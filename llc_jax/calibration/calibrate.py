@@ -13,21 +13,14 @@ import numpy as np
 from llc_jax.ambient import undisturbed
 from llc_jax.calibration.grid import REHEARSAL, Grid
 from llc_jax.calibration.incurable import refuse_incurable
-from llc_jax.calibration.pilot import (
-    DIVERGED,
-    Pilot,
-    Settled,
-    fitted,
-    relaxation_steps,
-    stiffness_of,
-)
+from llc_jax.calibration.pilot import DIVERGED, Pilot, Settled, stiffness_of
 from llc_jax.calibration.result import Calibration, lengths
 from llc_jax.calibration.sweep import proposed_row
 from llc_jax.calibration.walls import any_dead
 from llc_jax.inputs import checks
 from llc_jax.llc.estimators import estimate_llc_over_checkpoints
 from llc_jax.llc.lanes import default_nbeta_of
-from llc_jax.samplers import BAOAB, SGLD
+from llc_jax.samplers import BAOAB, SGLD, base
 from llc_jax.trees import Layout
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
@@ -131,17 +124,12 @@ def calibrate(
             )
     if sampler is None:
         sampler = _default_sampler(data, options.get("batch_size"))
-    checks.sampler_instance(sampler)
-    if "step_size" not in sampler._asdict():
-        raise ValueError(
-            f"sampler={checks.shown(sampler)}: calibrate looks for its step_size, which it does not"
-            " have; name that hyperparameter step_size, or choose the settings by hand."
-        )
+    base.check_instance(sampler)
     # The checks of an estimate, of which nothing is run.
     estimate_llc_over_checkpoints(
         rng_key, loss_fn, [(options.get("step", 0), params)], data,
-        sampler=fitted(sampler, 1.0, 1.0), nbeta=nbeta, localization=0.0, num_chains=num_chains,
-        **_without(options, "setting_batch", "step"),
+        sampler=base.with_step_size(sampler, 1.0, 1.0), nbeta=nbeta, localization=0.0,
+        num_chains=num_chains, **_without(options, "setting_batch", "step"),
     )  # fmt: skip
     pilot_key, sweep_key, elsewhere_key = jax.random.split(rng_key, 3)
     rehearsal_key = jax.random.fold_in(elsewhere_key, 0)
@@ -189,7 +177,7 @@ def calibrate(
     bare = [] if at_anchor * nbeta / centre > localization else [_without_curvature(localization)]
     worst_step, known_stiffest, pilots = None, stiffest, 0
     if checkpoints is not None:
-        near = fitted(sampler, float(fractions[chosen[0]]) / stiffest, localization)
+        near = base.with_step_size(sampler, float(fractions[chosen[0]]) / stiffest, localization)
         elsewhere = estimate_llc_over_checkpoints(
             elsewhere_key, loss_fn, checkpoints, data, sampler=near, nbeta=nbeta,
             localization=localization, num_draws=num_burnin, num_burnin=0,
@@ -205,11 +193,12 @@ def calibrate(
                 stiffest, worst_step = there, step
 
     step_size = float(fractions[chosen[0]]) / stiffest
-    proposal = type(sampler)(*map(float, fitted(sampler, step_size, localization)))
-    relaxation = float(relaxation_steps(proposal, localization))
+    proposal = base.with_step_size(sampler, step_size, localization)
+    proposal = type(sampler)(*map(float, proposal))
+    relaxation = float(base.relaxation_steps(proposal, localization))
     # Finer steps mix more slowly than those of the grid did.
-    of_grid = fitted(sampler, float(sweep.step_sizes[chosen]), localization)
-    slower = relaxation / float(relaxation_steps(of_grid, localization))
+    of_grid = base.with_step_size(sampler, float(sweep.step_sizes[chosen]), localization)
+    slower = relaxation / float(base.relaxation_steps(of_grid, localization))
     run_for = lengths(best, relaxation, slower, relative_stderr)
     return Calibration(
         settings={

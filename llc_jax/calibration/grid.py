@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from llc_jax.calibration.incurable import refuse_incurable
-from llc_jax.calibration.pilot import VARIES, Pilot, fitted, relaxation_steps, stiffness_of
+from llc_jax.calibration.pilot import VARIES, Pilot, stiffness_of
 from llc_jax.calibration.sweep import RELAXATIONS, Sensitivity, Sweep, plateau, proposed_row
 from llc_jax.calibration.walls import any_dead, spread
 from llc_jax.llc.estimators import estimate_llc_over_settings
-from llc_jax.samplers import SGLD
+from llc_jax.samplers import SGLD, base
 
 MAX_SWEEPS = 4  # while chains die
 MAX_REHEARSALS = 10
@@ -80,7 +80,7 @@ class Grid(NamedTuple):
         pilot = self.pilot
         found = estimate_llc_over_settings(
             rng_key, pilot.loss_fn, pilot.params, pilot.data,
-            sampler=fitted(sampler, steps, localizations), nbeta=nbetas,
+            sampler=base.with_step_size(sampler, steps, localizations), nbeta=nbetas,
             localization=localizations, num_draws=self.num_draws, num_burnin=pilot.num_burnin,
             **{**pilot.options, **changes},
         )  # fmt: skip
@@ -102,8 +102,9 @@ class Grid(NamedTuple):
         grid = *np.tile(cells, self.fractions.size), steps.ravel()
         free = np.zeros_like(self.localizations)
         control = free, self.localizations, self.fractions[row] / self.localizations
-        if hasattr(sampler, "preconditioner"):  # its law is not known
-            both = self.run(rng_key, sampler, *grid), self.run(rng_key, SGLD(1.0), *control)
+        lawful = sampler if base.stationary_variance(sampler, 1.0) is not None else SGLD(1.0)
+        if lawful is not sampler:
+            both = self.run(rng_key, sampler, *grid), self.run(rng_key, lawful, *control)
             estimates = np.concatenate(both)
         else:  # one program for both
             both = zip(grid, control, strict=True)
@@ -118,13 +119,18 @@ class Grid(NamedTuple):
             relaxations=self.relaxations(steps),
             estimates=estimates[:size].reshape(shape),
             control=estimates[size:],
+            control_variances=np.asarray(
+                base.stationary_variance(
+                    base.with_step_size(lawful, control[2], self.localizations), self.localizations
+                )
+            ),
         )
 
     def relaxations(self, step_sizes: np.ndarray) -> np.ndarray:
         """[..., G] length of the burn-in in relaxation times, for step sizes of that shape."""
         gammas = np.broadcast_to(self.localizations, step_sizes.shape)
-        tuned = fitted(self.pilot.sampler, step_sizes, gammas)
-        return self.pilot.num_burnin / relaxation_steps(tuned, gammas)
+        tuned = base.with_step_size(self.pilot.sampler, step_sizes, gammas)
+        return self.pilot.num_burnin / base.relaxation_steps(tuned, gammas)
 
     def sample_alive(self, rng_key: jax.Array, stiffness: np.ndarray) -> tuple[Sweep, int]:
         """Samples, again with smaller steps where chains died, if those relax or all died.

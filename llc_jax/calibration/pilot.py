@@ -21,6 +21,7 @@ from llc_jax.calibration.walls import any_dead, pushed, spread
 from llc_jax.diagnostics import MAX_STABILITY
 from llc_jax.inputs import checks
 from llc_jax.llc.estimators import estimate_llc_over_settings
+from llc_jax.samplers import base
 from llc_jax.trees import Layout, at_least_float32
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
@@ -40,25 +41,12 @@ LARGE = 100.0  # weights above it round a step of that size away
 PROBES = 2  # draws at which the gradient is looked at: the anchor, and half way
 
 
-def relaxation_steps(sampler: Sampler, localization: Any) -> np.ndarray:
-    """Steps τ in which a direction without curvature forgets its start.
-
-    Its variance approaches 1/γ like exp(-t/τ): τ = 1 / (ε γ) for overdamped samplers; for those
-    with a momentum and friction 2 sqrt(γ), critical damping, τ = 1 / sqrt(ε γ). A preconditioner
-    above 1 makes it faster.
-
-    Args:
-      sampler: its kind and step size, scalar or array.
-      localization: γ > 0, of the same shape.
-    """
-    rate = np.asarray(sampler.step_size, float) * localization
-    return 1 / np.sqrt(rate) if hasattr(sampler, "friction") else 1 / rate
-
-
 def weakest_localization(
     sampler: Sampler, stiffness: float, fraction: float, num_burnin: int
 ) -> float:
     """The smallest γ whose flat directions relax `RELAXATIONS` times within a burn-in.
+
+    Relaxation times depend on ε γ, by a power that the sampler says: 1, or with momentum 1/2.
 
     Args:
       sampler: its kind decides.
@@ -67,21 +55,12 @@ def weakest_localization(
       num_burnin: steps.
     """
     per_step = RELAXATIONS / num_burnin
-    exponent = 2 if hasattr(sampler, "friction") else 1
-    return stiffness / fraction * per_step**exponent
-
-
-def fitted(sampler: Sampler, step_size: Any, localization: Any) -> Sampler:
-    """`sampler` with this step size, and critical friction for flat directions if it has one.
-
-    Args:
-      sampler: gives the kind and the other hyperparameters.
-      step_size: scalar or array.
-      localization: of the same shape.
-    """
-    if hasattr(sampler, "friction"):
-        return sampler._replace(step_size=step_size, friction=2 * np.sqrt(localization))
-    return sampler._replace(step_size=step_size)
+    unit, quarter = (
+        float(base.relaxation_steps(base.with_step_size(sampler, 1.0, gamma), gamma))
+        for gamma in (1.0, 0.25)
+    )
+    power = math.log2(quarter / unit) / 2
+    return stiffness / fraction * (unit * per_step) ** (1 / power)
 
 
 def stiffness_of(estimates: Any, step_sizes: Any, before: Any) -> np.ndarray:
@@ -155,7 +134,7 @@ class Pilot(NamedTuple):
         params = jax.tree.map(lambda x: at_least_float32(jnp.asarray(x)), self.params)
         largest = max(float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(params))
         step = TINY * max(1.0, largest / LARGE) ** 2
-        still = fitted(self.sampler, np.full(1, step), np.ones(1))
+        still = base.with_step_size(self.sampler, np.full(1, step), np.ones(1))
         found = self.run(rng_key, params, np.full(1, nbeta), np.zeros(1), still, 1)
         if (found[0].diverged_at >= 0).all():
             raise ValueError(
@@ -194,7 +173,7 @@ class Pilot(NamedTuple):
         for number in range(MOST_ROUNDS):
             steps = self.fraction / stiffness
             key = jax.random.fold_in(rng_key, number)
-            sampler = fitted(self.sampler, steps, localizations)
+            sampler = base.with_step_size(self.sampler, steps, localizations)
             found = self.run(
                 key, self.params, nbetas, localizations, sampler, self.num_burnin, **changes
             )
@@ -234,8 +213,8 @@ class Pilot(NamedTuple):
 
     def relaxations(self, stiffness, localizations) -> np.ndarray:
         """Length of the burn-in in relaxation times."""
-        sampler = fitted(self.sampler, self.fraction / stiffness, localizations)
-        return self.num_burnin / relaxation_steps(sampler, localizations)
+        sampler = base.with_step_size(self.sampler, self.fraction / stiffness, localizations)
+        return self.num_burnin / base.relaxation_steps(sampler, localizations)
 
     def ladder(self, rng_key, nbeta: float, at_anchor: float, num_weights: int) -> Settled:
         """Rungs of γ at one nbeta, up to one that the burn-in affords.

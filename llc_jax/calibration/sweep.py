@@ -31,6 +31,7 @@ class Sweep(NamedTuple):
         steps to suit that Λ.
       estimates: [E, B, G] `LLCEstimate`.
       control: [G] `LLCEstimate` at nbeta = 0: chains that feel the localization only.
+      control_variances: [G] of a weight there, exactly.
     """
 
     step_fractions: np.ndarray
@@ -41,6 +42,7 @@ class Sweep(NamedTuple):
     relaxations: np.ndarray
     estimates: np.ndarray
     control: np.ndarray
+    control_variances: np.ndarray
 
     def values(self, name: str) -> np.ndarray:
         """[E, B, G] a number of each estimate, e.g. `mean`, `stderr`, `rhat`."""
@@ -223,7 +225,7 @@ def rise(estimate: LLCEstimate) -> float:
 def control_score(sweep: Sweep, column: int, num_params: int) -> tuple[float, float, float]:
     """The control at nbeta = 0 against its law.
 
-    Without a loss the law is Gaussian: E|w - w*|² = d/γ, for `SGLD` over 1 - εγ/4.
+    Without a loss the law is Gaussian: E|w - w*|² = d/γ, but for the step bias of the sampler.
 
     Args:
       sweep: the grid.
@@ -233,12 +235,6 @@ def control_score(sweep: Sweep, column: int, num_params: int) -> tuple[float, fl
     Returns:
       (mean squared distance, the exact one, difference in standard errors).
     """
-    estimate = sweep.control[column]
-    squared = np.square(estimate.distance.astype(np.float64))
-    settings = estimate.settings
-    exact = num_params / settings["localization"]
-    if settings["sampler"] == "SGLD":
-        exact /= 1 - settings["step_size"] * settings["localization"] / 4
+    squared = np.square(sweep.control[column].distance.astype(np.float64))
+    exact = num_params * float(sweep.control_variances[column])
     return float(squared.mean()), exact, float((squared.mean() - exact) / mean_stderr(squared))
-
-

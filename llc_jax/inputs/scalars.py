@@ -1,6 +1,7 @@
 """Numbers as arguments: of Python, numpy or JAX, and a `ValueError` for everything else."""
 
 import contextlib
+import math
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -81,16 +82,21 @@ def step(value: Any, name: str = "step", limit: int = 2**32 - 1) -> int:
 
 def nonnegative(name: str, value: float) -> None:
     """Checks that a number is finite and >= 0 in the precision that JAX computes with."""
+    finite(name, value, 0)
+
+
+def finite(name: str, value: float, least: float) -> None:
+    """Checks that a number is finite and >= `least` in the precision that JAX computes with."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(f"{name} {TRACED}")
     found = number(value)
-    if found is None or not 0 <= found < float("inf"):
-        raise ValueError(f"{name}={shown(value)}: give one finite number >= 0.")
+    if found is None or not (found >= least and -math.inf < found < math.inf):
+        raise ValueError(f"{name}={shown(value)}: give one finite number >= {least:g}.")
     limits = jnp.finfo(jnp.result_type(float))
-    if found and not float(limits.tiny) <= found <= float(limits.max):
+    if found and not float(limits.tiny) <= abs(found) <= float(limits.max):
         raise ValueError(
-            f"{name}={shown(value)} is {'0' if found < 1 else 'infinite'} in {limits.dtype}: give 0"
-            f" or a number from {float(limits.tiny):.2g} to {float(limits.max):.2g}, or set"
+            f"{name}={shown(value)} is {'0' if abs(found) < 1 else 'infinite'} in {limits.dtype}:"
+            f" give 0 or a number from {float(limits.tiny):.2g} to {float(limits.max):.2g}, or set"
             " jax_enable_x64."
         )
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llc_jax.samplers.base import MEMORY, POSITIVE, Range
 from llc_jax.samplers.langevin import langevin_step
 from llc_jax.samplers.rmsprop_sgld import inverse_root, moving_average, start_square
 from llc_jax.trees import widest
@@ -87,6 +88,10 @@ class AdamSGLD(NamedTuple):
         """G / (1 - momentum) after the last step, like params: the delay acts like longer steps."""
         scale = inverse_root(state.square, weight_seen(self.decay, state.count), self.epsilon)
         return jax.tree.map(lambda g: g / (1 - jnp.asarray(self.momentum, g.dtype)), scale)
+
+    def ranges(self) -> dict[str, Range]:
+        """See `llc_jax.samplers.base.ranges`."""
+        return {"momentum": MEMORY, "decay": MEMORY, "epsilon": POSITIVE}
 
 
 def weight_seen(memory: float | jax.Array, count: jax.Array) -> jax.Array:

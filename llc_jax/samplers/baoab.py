@@ -1,11 +1,13 @@
 """Underdamped Langevin dynamics in the BAOAB splitting (SGHMC family)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from llc_jax.samplers.base import POSITIVE, Range
 from llc_jax.trees import apply_mask, at_least_float32, standard_normal_like, widest
 from llc_jax.types import Evaluation, Params
 
@@ -65,11 +67,28 @@ class BAOAB(NamedTuple):
         dtype = widest(here.drift)
         h = jnp.sqrt(jnp.asarray(self.step_size, dtype))
         friction = jnp.asarray(self.friction, dtype)
-        forget = jnp.exp(-friction * h)
+        decay = jnp.exp(-friction * h)
         noise = jnp.sqrt(-jnp.expm1(-2 * friction * h))
         xi = apply_mask(mask, standard_normal_like(rng_key, here.drift))
-        momentum, way = stir(kick(state.momentum, here.drift, h), xi, forget, noise, h)
-        return BAOABState(advance(state.params, way), momentum), here
+        kicked = kick(state.momentum, here.drift, h)
+        momentum, displacement = ou_step(kicked, xi, decay, noise, h)
+        return BAOABState(advance(state.params, displacement), momentum), here
+
+    def ranges(self) -> dict[str, Range]:
+        """See `llc_jax.samplers.base.ranges`."""
+        return {"friction": POSITIVE}
+
+    def with_step_size(self, step_size: Any, localization: Any) -> Self:
+        """Sets the friction, too: critical for directions without curvature."""
+        return self._replace(step_size=step_size, friction=2 * np.sqrt(localization))
+
+    def relaxation_steps(self, localization: Any) -> np.ndarray:
+        """τ = 1 / sqrt(ε γ), at the friction of `with_step_size`."""
+        return 1 / np.sqrt(np.asarray(self.step_size, float) * localization)
+
+    def stationary_variance(self, curvature: Any) -> Any:
+        """1/Λ."""
+        return 1 / curvature
 
 
 def at_rest(params: Params) -> Params:
@@ -82,30 +101,31 @@ def kick(momentum: Params, drift: Params, h: jax.Array) -> Params:
     return jax.tree.map(lambda p, d: p - h.astype(d.dtype) * d, momentum, drift)
 
 
-def stir(
-    momentum: Params, xi: Params, forget: jax.Array, noise: jax.Array, h: jax.Array
+def ou_step(
+    momentum: Params, xi: Params, decay: jax.Array, noise: jax.Array, h: jax.Array
 ) -> tuple[Params, Params]:
-    """`p <- forget p + noise ξ` between two half moves.
+    """An Ornstein-Uhlenbeck step `p <- decay p + noise ξ` between two half moves of w.
 
     Args:
       momentum: p.
       xi: ξ, like p.
-      forget: scalar.
+      decay: scalar.
       noise: scalar.
       h: time step, scalar.
 
     Returns:
-      (p after, way gone by w), both like p.
+      (p after, displacement of w), both like p.
     """
 
-    def stirred(p, x):
-        return forget.astype(p.dtype) * p + noise.astype(p.dtype) * x
+    def after_noise(p, x):
+        return decay.astype(p.dtype) * p + noise.astype(p.dtype) * x
 
-    after = jax.tree.map(stirred, momentum, xi)
-    way = jax.tree.map(lambda p, q: (h / 2).astype(p.dtype) * (p + q), momentum, after)
-    return after, way
+    after = jax.tree.map(after_noise, momentum, xi)
+    return after, jax.tree.map(lambda p, q: (h / 2).astype(p.dtype) * (p + q), momentum, after)
 
 
-def advance(params: Params, way: Params) -> Params:
-    """Adds the way gone to w, in the dtype of w."""
-    return jax.tree.map(lambda w, x: (at_least_float32(w) + x).astype(w.dtype), params, way)
+def advance(params: Params, displacement: Params) -> Params:
+    """Adds the displacement to w, in the dtype of w."""
+    return jax.tree.map(
+        lambda w, x: (at_least_float32(w) + x).astype(w.dtype), params, displacement
+    )

@@ -62,3 +62,7 @@ class MALA(NamedTuple):
         params = jax.tree.map(lambda new, old: jnp.where(accept, new, old), proposal, state.params)
         ratio = ratio.astype(state.log_acceptance.dtype)
         return MALAState(params, jnp.nan_to_num(ratio, nan=-jnp.inf, neginf=-jnp.inf)), here
+
+    def stationary_variance(self, curvature):
+        """1/Λ."""
+        return 1 / curvature

@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from llc_jax.samplers.base import MEMORY, POSITIVE, SHARE, Range
 from llc_jax.samplers.langevin import langevin_step
 from llc_jax.trees import at_least_float32, widest
 from llc_jax.types import Evaluation, Params
@@ -54,7 +55,7 @@ class RMSPropSGLD(NamedTuple):
 
     Attributes:
       step_size: ε > 0; the step that acts is ε G.
-      decay: α in [0, 1], memory of V.
+      decay: α in [0, 1], memory of V; below 1 with bias correction.
       epsilon: > 0, added to sqrt(V).
       initial_square: V_0 >= 0.
       bias_correction: 1 or 0.
@@ -102,6 +103,11 @@ class RMSPropSGLD(NamedTuple):
         decay = jnp.asarray(self.decay, dtype)
         correction = 1 - jnp.asarray(self.bias_correction, dtype) * decay**state.count
         return inverse_root(state.square, correction, self.epsilon)
+
+    def ranges(self) -> dict[str, Range]:
+        """See `llc_jax.samplers.base.ranges`."""
+        memory = MEMORY if self.bias_correction != 0 else SHARE
+        return {"decay": memory, "epsilon": POSITIVE, "bias_correction": SHARE}
 
 
 def start_square(params: Params, value: float | jax.Array) -> Params:

@@ -56,3 +56,7 @@ class SGLD(NamedTuple):
     def log_acceptance(self, move: Params, here: Evaluation, there: Evaluation) -> jax.Array:
         """Log Metropolis ratio (MALA) of a step; see `langevin_log_acceptance`."""
         return langevin_log_acceptance(self.step_size, move, here, there)
+
+    def stationary_variance(self, curvature):
+        """1 / (Λ (1 - ε Λ/4))."""
+        return 1 / (curvature * (1 - self.step_size * curvature / 4))

@@ -1,12 +1,14 @@
 """Underdamped Langevin dynamics with a thermostat that absorbs minibatch noise."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llc_jax.samplers.baoab import advance, at_rest, kick, stir
+from llc_jax.samplers.baoab import advance, at_rest, kick, ou_step
+from llc_jax.samplers.base import POSITIVE, Range
 from llc_jax.trees import apply_mask, standard_normal_like, vdot, widest
 from llc_jax.types import Evaluation, Params
 
@@ -28,7 +30,7 @@ class SGNHTState(NamedTuple):
 class SGNHT(NamedTuple):
     """`BAOAB` whose friction ζ adapts until the mean of p² over the coordinates is 1.
 
-    The momentum is stirred by noise of strength `friction` and damped by ζ, which grows while
+    The momentum is driven by noise of strength `friction` and damped by ζ, which grows while
     the momenta are too hot and shrinks while they are too cold:
     `dp = -drift dt - ζ p dt + sqrt(2 friction) dW`, `dζ = (mean(p²) - 1) dt`. White gradient noise
     of whatever strength, if the same in all coordinates, ends in ζ and not in the positions; what
@@ -68,19 +70,36 @@ class SGNHT(NamedTuple):
         xi = apply_mask(mask, standard_normal_like(rng_key, here.drift))
         size = num_coordinates(state.momentum, mask).astype(dtype)
 
-        def heat(momentum):
-            """How much hotter than 1 the momenta are."""
+        def kinetic_excess(momentum):
+            """By how much the mean of p² is above 1."""
             return vdot(momentum, momentum) / size - 1
 
         kicked = kick(state.momentum, here.drift, h)
-        middle = state.thermostat + h / 2 * heat(kicked)
-        forget = jnp.exp(-middle * h)
+        middle = state.thermostat + h / 2 * kinetic_excess(kicked)
+        decay = jnp.exp(-middle * h)
         # (1 - exp(-2 ζ h)) / (2 ζ), which is h at ζ = 0 and positive for negative ζ as well.
         safe = jnp.where(jnp.abs(middle * h) < 1e-4, 1.0, middle)
         spread = jnp.where(safe == middle, -jnp.expm1(-2 * safe * h) / (2 * safe), h)
-        stirred, way = stir(kicked, xi, forget, jnp.sqrt(2 * friction * spread), h)
-        thermostat = middle + h / 2 * heat(stirred)
-        return SGNHTState(advance(state.params, way), stirred, thermostat), here
+        noise = jnp.sqrt(2 * friction * spread)
+        momentum, displacement = ou_step(kicked, xi, decay, noise, h)
+        thermostat = middle + h / 2 * kinetic_excess(momentum)
+        return SGNHTState(advance(state.params, displacement), momentum, thermostat), here
+
+    def ranges(self) -> dict[str, Range]:
+        """See `llc_jax.samplers.base.ranges`."""
+        return {"friction": POSITIVE}
+
+    def with_step_size(self, step_size: Any, localization: Any) -> Self:
+        """Sets the friction, too: critical for directions without curvature."""
+        return self._replace(step_size=step_size, friction=2 * np.sqrt(localization))
+
+    def relaxation_steps(self, localization: Any) -> np.ndarray:
+        """τ = 1 / sqrt(ε γ), at the friction of `with_step_size`."""
+        return 1 / np.sqrt(np.asarray(self.step_size, float) * localization)
+
+    def stationary_variance(self, curvature: Any) -> Any:
+        """1/Λ but for a share of order 1/d."""
+        return 1 / curvature
 
 
 def num_coordinates(tree: Params, mask: Params | None) -> jax.Array:
