@@ -7,13 +7,14 @@ from scipy.stats import norm
 
 from llc_jax import SGLD, RMSPropSGLD
 from llc_jax.inputs import weights
+from llc_jax.samplers.base import step_variance
 
 SPACING = 1 / 16  # of bfloat16 from 8 to 16
 SIZE = {"w": jnp.full(5, 12.0, jnp.bfloat16)}
 
 
 def heating(params, step_size, localization=0.0, mask=None, sampler=SGLD):
-    return weights.weight_heating(params, sampler(step_size), localization, mask)
+    return weights.weight_heating(params, step_variance(sampler(step_size)), localization, mask)
 
 
 def variance_on_integers(step_size, fraction, minimum):

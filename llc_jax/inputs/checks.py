@@ -16,7 +16,6 @@ from llc_jax.types import Batch, LossFn, Params, PartsFn, Stream
 # Numbers are checked under this name, too.
 at_least, flag, grid, number = scalars.at_least, scalars.flag, scalars.grid, scalars.number
 nonnegative, shown, step = scalars.nonnegative, scalars.shown, scalars.step
-hyperparameters, sampler_instance = scalars.hyperparameters, scalars.sampler_instance
 
 
 def concrete(name: str, tree: Any) -> None:

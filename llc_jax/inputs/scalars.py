@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llc_jax.types import Sampler
-
 MAX_COUNT = 2**31 - 1  # what a 32-bit index counts to
 TRACED = (
     "is being traced: an estimate runs programs of its own and cannot stand within jax.jit, vmap,"
@@ -133,36 +131,3 @@ def grid(settings: dict[str, Any]) -> list[np.ndarray]:
 
 def _items(value: Any) -> list | tuple:
     return value if isinstance(value, list | tuple) else ()
-
-
-def sampler_instance(sampler: Sampler) -> None:
-    """Checks that a sampler is an instance, not its class."""
-    methods = (getattr(sampler, name, None) for name in ("_asdict", "init", "step"))
-    if isinstance(sampler, type) or not all(map(callable, methods)):
-        raise ValueError(
-            f"sampler={shown(sampler)}: give an instance such as llc_jax.SGLD(step_size=1e-4)."
-        )
-
-
-# Rules beyond "finite and >= 0", by the name of the hyperparameter.
-_POSITIVE = {"step_size", "friction", "epsilon"}
-_MEMORIES = {"decay", "momentum"}
-_AT_MOST_ONE = {*_MEMORIES, "bias_correction"}
-
-
-def hyperparameters(sampler: Sampler) -> None:
-    """Checks that a sampler is an instance whose hyperparameters are scalars within their range."""
-    sampler_instance(sampler)
-    fields = sampler._asdict()
-    for name, given in fields.items():
-        nonnegative(f"{type(sampler).__name__}.{name}", given)
-        value = number(given)
-        if name in _POSITIVE and not value > 0:
-            raise ValueError(f"{name}={value}: it must be above 0.")
-        if name in _AT_MOST_ONE and not value <= 1:
-            raise ValueError(f"{name}={value}: it must be from 0 to 1.")
-        if name in _MEMORIES and value == 1 and number(fields.get("bias_correction", 1)) != 0:
-            raise ValueError(
-                f"{name}={value}: an average that never changes has nothing to correct its bias"
-                " by (0 / 0); it must be below 1, for example 0.999."
-            )

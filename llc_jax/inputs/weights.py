@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llc_jax.inputs import arrays
-from llc_jax.types import Params, Sampler
+from llc_jax.types import Params
 
 # Of the variance of steps by rounding; above it, steps of half a spacing are mostly undone, and the
 # variance of a chain on the numbers of a dtype is no longer 1 + heating times the exact one.
@@ -16,20 +16,25 @@ MAX_HEATING = 1 / 3
 
 
 def weight_heating(
-    params: Params, sampler: Sampler, localization: float, mask: Params | None
+    params: Params, step_variance: float | None, localization: float, mask: Params | None
 ) -> float:
     """The share of a step's variance that rounding of the weights adds, in the worst leaf.
 
-    Numbers `s` apart are rounded by s²/12 in the mean square in every step, whose noise has the
-    variance step_size. Under a preconditioner the step is not known beforehand, and the width of
-    the posterior, at most 1/sqrt(localization), stands in its place.
+    Numbers `s` apart are rounded by s²/12 in the mean square in every step. Where the step is not
+    known beforehand, the width of the posterior, at most 1/sqrt(localization), stands in its place.
+
+    Args:
+      params: w*.
+      step_variance: of the noise of a step, None if it is not known.
+      localization: γ.
+      mask: None, or 0/1 like params.
 
     Raises:
       ValueError: where that is more than `MAX_HEATING`.
     """
     variances = []
-    if hasattr(sampler, "step_size") and not hasattr(sampler, "preconditioner"):
-        variances.append((float(sampler.step_size), "steps of sqrt(step_size)"))
+    if step_variance is not None:
+        variances.append((float(step_variance), "steps of sqrt(step_size)"))
     if localization > 0:
         variances.append((1 / float(localization), "a posterior of width 1/sqrt(localization)"))
     worst = 0.0

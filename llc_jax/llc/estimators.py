@@ -12,6 +12,7 @@ from llc_jax.ambient import undisturbed
 from llc_jax.inputs import checks
 from llc_jax.llc.lanes import default_nbeta_of, estimate_lanes
 from llc_jax.llc.run import Lane
+from llc_jax.samplers.base import check_instance
 from llc_jax.sampling.posterior import LocalPosterior
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
@@ -214,7 +215,7 @@ def estimate_llc_over_settings(
     Raises:
       ValueError: on bad input, before anything compiles.
     """
-    checks.sampler_instance(sampler)
+    check_instance(sampler)
     nbeta = default_nbeta_of(nbeta, data)
     grid = checks.grid({**sampler._asdict(), "nbeta": nbeta, "localization": localization})
     columns = zip(*[leaf.ravel().tolist() for leaf in grid], strict=True)

@@ -13,6 +13,7 @@ from llc_jax.inputs import arrays, checks, weights
 from llc_jax.llc.estimate import LLCEstimate
 from llc_jax.llc.run import Lane, Run, Weighed
 from llc_jax.observables import Function, LossGap, LossTerms, checked, split
+from llc_jax.samplers.base import check_hyperparameters, step_variance
 from llc_jax.sampling.chain import Plan
 from llc_jax.sampling.posterior import default_nbeta
 from llc_jax.types import Batch, LossFn, Params, PartsFn, Stream
@@ -149,7 +150,7 @@ def prepare(
         nbeta = default_nbeta_of(lane.here.nbeta, data)
         checks.nonnegative("nbeta", nbeta)
         checks.nonnegative("localization", lane.here.localization)
-        checks.hyperparameters(lane.sampler)
+        check_hyperparameters(lane.sampler)
         step = checks.step(lane.here.step, "checkpoint step")
         return lane._replace(here=lane.here._replace(step=step, nbeta=nbeta))
 
@@ -179,7 +180,9 @@ def prepare(
         here = lane.here
         checks.params(here.anchor, here.step, template, here.mask)
         params = arrays.param_arrays(here.anchor, here.step, here.mask)
-        heating = weights.weight_heating(params, lane.sampler, here.localization, here.mask)
+        heating = weights.weight_heating(
+            params, step_variance(lane.sampler), here.localization, here.mask
+        )
         lane = lane._replace(here=here._replace(anchor=params))
         return Weighed(lane, heating, weights.shared_arrays(params))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from llc_jax.losses import losses_of, num_examples, take
 from llc_jax.observables import Draw, trait
+from llc_jax.samplers.base import sgld_step_size
 from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.sampling.probe import Probe, look_at
 from llc_jax.sampling.stability import Tridiagonal, stability_matrix
@@ -218,7 +219,7 @@ def sample_chain(
     for name, total in sums.items():
         found[name] = jax.tree.map(lambda x: x / (plan.num_draws // len(x)), total)
     stability = None
-    if plan.num_probes and hasattr(sampler, "step_size"):
+    if plan.num_probes and sgld_step_size(sampler) is not None:
         last = jax.random.key_data(step_keys(rng_key, count))  # of the step after the last
         # A custom rule, a callback or a kernel may have no second derivative: sampling needs none.
         with contextlib.suppress(TypeError, ValueError, NotImplementedError, AssertionError):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llc_jax.samplers.base import log_acceptance, tested_log_acceptance
 from llc_jax.trees import apply_mask, at_least_float32, displacement, norm, vdot, widest
 from llc_jax.types import Evaluation, Params, Sampler
 
@@ -56,8 +57,8 @@ def look_at(
       probing: the same for every chain, so that vmap keeps the branch a branch.
     """
     blank = jnp.zeros_like(here.gap)
-    measured = hasattr(sampler, "log_acceptance")  # as against a test that the sampler makes
-    ratio = blank if measured else getattr(new_state, "log_acceptance", None)
+    measured = log_acceptance(sampler)  # as against a test that the sampler makes
+    ratio = blank if measured else tested_log_acceptance(new_state)
     ratio = ratio if ratio is None else ratio.astype(blank.dtype)
     nothing = Probe(ratio, blank, blank, blank, blank)
     if probing is None:
@@ -82,7 +83,7 @@ def look_at(
         heating = _heating(start, move, mask)
         if not measured and ratio is not None:  # a refused proposal is not rounded away
             heating = jnp.where(norm(move) > 0, heating, 0)
-        found = sampler.log_acceptance(move, here, far[0]) if measured else ratio
+        found = measured(move, here, far[0]) if measured else ratio
         change = end.gap - here.gap
         seen = Probe(found, change, predicted, norm(here.grad), heating)
         return jax.tree.map(lambda x: x.astype(blank.dtype), seen)

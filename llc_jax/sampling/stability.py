@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llc_jax.curvature.lanczos import Tridiagonal, lanczos, largest_eigenvalue
+from llc_jax.samplers import base
 from llc_jax.trees import apply_mask, at_least_float32, standard_normal_like
 from llc_jax.types import Evaluation, Params, Sampler
 
@@ -27,7 +28,7 @@ def stability_matrix(
 
     Args:
       rng_key: for the start of the iteration.
-      sampler: with a field `step_size`, and `preconditioner(state)` if it has one.
+      sampler: with a step size, see `llc_jax.samplers.base`.
       state: of the sampler, with a field `params`.
       evaluate: params -> `Evaluation`, on one minibatch.
       mask: None, or 0/1 like params.
@@ -37,8 +38,8 @@ def stability_matrix(
     """
     params = state.params
     scale = jax.tree.map(lambda w: jnp.ones((), at_least_float32(w).dtype), params)
-    if hasattr(sampler, "preconditioner"):
-        scale = jax.tree.map(jnp.sqrt, sampler.preconditioner(state))
+    if (preconditioner := base.preconditioner(sampler)) is not None:
+        scale = jax.tree.map(jnp.sqrt, preconditioner(state))
 
     def drift(w) -> Params:
         here: Evaluation = evaluate(w)
@@ -59,4 +60,4 @@ def stability_matrix(
         NUM_ITERATIONS,
         reorthogonalize=False,
     )
-    return found.times(sampler.step_size)
+    return found.times(base.sgld_step_size(sampler))
