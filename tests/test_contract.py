@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.errors import KeyReuseError
+from laws import assert_within_4_stderr
 
 from llc_jax import (
     BAOAB,
@@ -20,14 +22,56 @@ from llc_jax import (
     AdamSGLD,
     RMSPropSGLD,
     Stream,
+    calibrate,
     estimate_llc,
     estimate_llc_over_checkpoints,
     estimate_llc_over_settings,
 )
 from llc_jax.parallel import CHAIN, CHECKPOINT
+from llc_jax.samplers import base
 from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.sampling.program import sample
+from llc_jax.trees import apply_mask, at_least_float32, standard_normal_like
 from llc_jax.types import Evaluation
+
+
+class LeimkuhlerMatthewsState(NamedTuple):
+    params: Any
+    noise: Any
+
+
+class LeimkuhlerMatthews(NamedTuple):
+    """A user's own: `w <- w - ε drift + sqrt(ε/2) (ξ + ξ')` with the ξ of the step before, and ξ'.
+
+    In the units of blackjax, half of ours, so that it has to say so. Written by the docstrings of
+    `llc_jax.samplers.base`; nothing of the package knows it.
+    """
+
+    step_size: float
+
+    def init(self, params):
+        noise = jax.tree.map(lambda w: jnp.zeros_like(at_least_float32(w)), params)
+        return LeimkuhlerMatthewsState(params, noise)
+
+    def step(self, rng_key, state, evaluate, mask=None):
+        here = evaluate(state.params)
+        noise = apply_mask(mask, standard_normal_like(rng_key, here.drift))
+
+        def move(w, d, before, now):
+            step = jnp.asarray(self.step_size, d.dtype)
+            return (at_least_float32(w) - step * d + jnp.sqrt(step / 2) * (before + now)).astype(
+                w.dtype
+            )
+
+        params = jax.tree.map(move, state.params, here.drift, state.noise, noise)
+        return LeimkuhlerMatthewsState(params, noise), here
+
+    def stability_limit(self):
+        return 2.0
+
+    def stationary_variance(self, curvature):
+        return 1 / curvature
+
 
 SAMPLERS = {
     "SGLD": SGLD(1e-2),
@@ -39,6 +83,8 @@ SAMPLERS = {
     "MALA": MALA(1e-2),  # accepts nearly all; where it must not, the tests below say so
 }
 
+OURS = tuple(SAMPLERS)
+SAMPLERS["a user's"] = LeimkuhlerMatthews(5e-3)
 each_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 # For what takes several programs a sampler.
 QUICK = ("SGLD",)
@@ -54,7 +100,7 @@ each_sampler_slowly = pytest.mark.parametrize(
 def test_no_sampler_is_missing():
     from llc_jax import samplers
 
-    assert {type(sampler).__name__ for sampler in SAMPLERS.values()} == set(samplers.__all__)
+    assert {type(SAMPLERS[name]).__name__ for name in OURS} == set(samplers.__all__)
 
 
 PARAMS = {
@@ -178,6 +224,39 @@ def test_a_grid_of_settings_is_a_vmap(sampler):
 
 
 @each_sampler
+def test_chains_do_not_know_of_each_other(sampler):
+    # Neither how many run at once, nor on how many devices, nor one that dies changes the others.
+    def chain(key, wall):
+        def walled(params):
+            here = posterior()(params)
+            lost = jnp.where(params["scalar"] > wall, jnp.nan, 1.0)
+            scaled = {name: jax.tree.map(lambda x: x * lost, getattr(here, name))
+                      for name in ("loss", "energy", "grad", "drift")}  # fmt: skip
+            return here._replace(**scaled)
+
+        def step(state, t):
+            state, _ = sampler.step(jax.random.fold_in(key, t), state, walled, None)
+            return state, state.params["scalar"]
+
+        return jax.lax.scan(step, sampler.init(PARAMS), jnp.arange(6))[1]
+
+    run = jax.jit(jax.vmap(chain))
+    keys, free = jax.random.split(jax.random.key(0), 8), jnp.full(8, jnp.inf)
+    together = np.asarray(run(keys, free))
+    np.testing.assert_array_equal(run(keys[:3], free[:3]), together[:3])
+    chunks = jax.jit(lambda *x: jax.lax.map(lambda one: chain(*one), x, batch_size=2))
+    np.testing.assert_array_equal(chunks(keys, free), together)
+    row = jax.sharding.NamedSharding(mesh_of(1, len(jax.devices())), jax.P(CHAIN))
+    np.testing.assert_array_equal(run(*jax.device_put((keys, free), row)), together)
+    victim = int(np.argmax(together[:, :-1].max(axis=1)))
+    hurt = np.asarray(run(keys, free.at[victim].set(together[victim, :-1].max() - 1e-3)))
+    others = np.arange(8) != victim
+    np.testing.assert_array_equal(hurt[others], together[others])
+    assert np.any(hurt[victim] != together[victim])  # dead, or, with a test of its own, refused
+    assert np.isnan(hurt[victim, -1]) != isinstance(sampler, MALA)
+
+
+@each_sampler
 def test_masked_weights_do_not_move(sampler):
     mask = {"matrix": np.array([[1, 0], [0, 1], [1, 0]]), "half": 0, "scalar": 1}
     start = state = sampler.init(PARAMS)
@@ -232,7 +311,7 @@ def test_mala_moves_everything_or_nothing():
     assert abs(moves.sum() - p.sum()) < 4 * np.sqrt(np.sum(p * (1 - p)))
 
 
-@pytest.mark.parametrize("sampler", [s for s in SAMPLERS.values() if hasattr(s, "log_acceptance")])
+@pytest.mark.parametrize("sampler", list(filter(base.log_acceptance, SAMPLERS.values())))
 def test_the_way_back_has_the_inverse_metropolis_ratio(sampler):
     start = {k: jnp.asarray(v, jnp.float32) for k, v in PARAMS.items()}
     end = jax.tree.map(lambda x: 0.9 * x + 0.05, start)
@@ -242,6 +321,182 @@ def test_the_way_back_has_the_inverse_metropolis_ratio(sampler):
     back = sampler.log_acceptance(jax.tree.map(jnp.negative, move), there, here)
     assert abs(float(forth)) > 1e-4
     np.testing.assert_allclose(forth, -back, atol=1e-5)
+
+
+# --- what a sampler says of itself, or is said of it in its place -------------------------------
+
+NBETA, CHAINS = 5.0, 20_000
+
+
+def on_a_quadratic(sampler, curvature, num_steps):
+    """Positions [num_steps, CHAINS] of one weight of this curvature Λ, started at the minimum."""
+
+    def at(w):
+        energy = curvature * w**2 / 2
+        grad = curvature * w / NBETA
+        return Evaluation(energy / NBETA, energy, grad, curvature * w, jnp.float32(NBETA))
+
+    def chain(key):
+        def step(state, t):
+            state, _ = sampler.step(jax.random.fold_in(key, t), state, at, None)
+            return state, state.params
+
+        return jax.lax.scan(step, sampler.init(jnp.float32(0)), jnp.arange(num_steps))[1]
+
+    keys = jax.random.split(jax.random.key(0), CHAINS)
+    return np.asarray(jax.jit(jax.vmap(chain, out_axes=1))(keys), np.float64)
+
+
+def with_relaxation(sampler, curvature):
+    """The sampler as calibration sets it, a tenth of the way to its stability limit."""
+    step_size = 0.1 * base.stability_limit(sampler) / curvature
+    return base.with_step_size(sampler, step_size, curvature)
+
+
+@each_sampler
+def test_a_step_size_is_set_and_nothing_else_of_its_kind(sampler):
+    new = base.with_step_size(sampler, 0.25, 9.0)
+    assert type(new) is type(sampler)
+    assert new.step_size == 0.25
+    grid = base.with_step_size(sampler, np.array([0.5, 0.25]), np.array([1.0, 9.0]))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: np.ravel(x)[-1], grid), new)
+    base.check_hyperparameters(new)
+    steps = base.relaxation_steps(grid, np.array([1.0, 9.0]))
+    assert steps.shape == (2,)
+    assert (steps > 0).all()
+
+
+@each_sampler
+def test_the_variance_it_states_is_that_of_its_chains(sampler):
+    curvature = 8.0
+    tuned = with_relaxation(sampler, curvature)
+    stated = base.stationary_variance(tuned, curvature)
+    if stated is None:
+        assert base.preconditioner(sampler) is not None  # of ours, only these have no known law
+        return
+    if isinstance(sampler, SGNHT):
+        return  # many coordinates: test_samplers
+    steps = math.ceil(8 * float(base.relaxation_steps(tuned, curvature)))
+    squares = on_a_quadratic(tuned, curvature, steps)[-1] ** 2
+    assert_within_4_stderr(squares.mean(), stated, squares.std() / math.sqrt(CHAINS))
+
+
+@each_sampler
+def test_a_flat_direction_forgets_its_start_in_the_time_it_states(sampler):
+    # The variance approaches that of the pull like exp(-t/τ); a tenth of the limit per step.
+    if base.preconditioner(sampler) is not None or isinstance(sampler, SGNHT):
+        return  # faster by as much as G is above 1; made for many coordinates
+    pull = 0.5
+    tuned = base.with_step_size(sampler, 0.02 * base.stability_limit(sampler) / pull, pull)
+    tau = float(base.relaxation_steps(tuned, pull))
+    path = on_a_quadratic(tuned, pull, math.ceil(3 * tau))
+    share = np.square(path).mean(axis=1) * pull
+    assert 0.9 < share[-1] < 1.1
+    assert share[math.ceil(tau / 2)] < 0.7
+
+
+@each_sampler
+def test_the_limit_it_states_is_where_chains_leave(sampler):
+    if isinstance(sampler, MALA | RMSPropSGLD | AdamSGLD):
+        return  # MALA refuses, and preconditioners give way
+    curvature, limit = 2.0, base.stability_limit(sampler)
+    below, above = (
+        on_a_quadratic(base.with_step_size(sampler, share * limit / curvature, 1.0), curvature, 200)
+        for share in (0.9, 1.1)
+    )
+    assert np.square(below[-1]).mean() < 100
+    assert np.square(above[-1]).mean() > 1e6
+
+
+@each_sampler
+def test_a_preconditioner_is_positive_and_like_the_weights(sampler):
+    of = base.preconditioner(sampler)
+    assert (of is None) == (not isinstance(sampler, RMSPropSGLD | AdamSGLD))
+    assert (base.step_variance(sampler) is None) == (of is not None)
+    if of is not None:
+        state, _ = sampler.step(jax.random.key(0), sampler.init(PARAMS), posterior(), None)
+        found = of(state)
+        wide = jax.tree.map(at_least_float32, jax.tree.map(jnp.asarray, PARAMS))
+        assert describe(found) == describe(wide)
+        assert all(np.all(np.asarray(x) > 0) for x in jax.tree.leaves(found))
+
+
+@each_sampler
+def test_ranges_are_those_of_hyperparameters_and_are_kept(sampler):
+    assert set(base.ranges(sampler)) <= set(sampler._fields)
+    for name, value in sampler._asdict().items():
+        allowed = base.ranges(sampler).get(name, base.NONNEGATIVE)
+        assert allowed.allows(value)
+        for bad in (allowed.least - 0.5, 2 * allowed.most, allowed.excluded):
+            if np.isfinite(bad):
+                with pytest.raises(ValueError, match=rf"{name}=.*(it must be|finite number)"):
+                    base.check_hyperparameters(sampler._replace(**{name: bad}))
+
+
+class Frictional(NamedTuple):
+    """Has names that mean something in other samplers, and says nothing of itself."""
+
+    friction: float
+    decay: float
+    step_size: float
+    preconditioner: float = 2.0
+    ranges: float = 3.0
+
+    def init(self, params):
+        return SGLD(self.step_size).init(params)
+
+    def step(self, rng_key, state, evaluate, mask=None):
+        return SGLD(self.step_size).step(rng_key, state, evaluate, mask)
+
+
+def test_names_of_hyperparameters_mean_nothing():
+    mine = Frictional(0.0, 7.0, 0.5)
+    base.check_hyperparameters(mine)
+    assert base.with_step_size(mine, 0.1, 25.0) == (0.0, 7.0, 0.1, 2.0, 3.0)
+    assert base.relaxation_steps(mine, 4.0) == 0.5
+    assert base.preconditioner(mine) is None
+    assert base.step_variance(mine) == 0.5
+
+
+class Stepless(NamedTuple):
+    """Has no step size at all."""
+
+    rate: float
+
+    def init(self, params):
+        return SGLD(self.rate).init(params)
+
+    def step(self, rng_key, state, evaluate, mask=None):
+        return SGLD(self.rate).step(rng_key, state, evaluate, mask)
+
+
+def test_a_sampler_without_a_step_size_is_estimated_and_not_calibrated():
+    plan = {**PLAN, "nbeta": 10.0, "localization": 1.0}
+    key = jax.random.key(0)
+    found = estimate_llc(key, example_losses, WEIGHTS, DATA, sampler=Stepless(1e-2), **plan)
+    same = estimate_llc(key, example_losses, WEIGHTS, DATA, sampler=SGLD(1e-2), **plan)
+    np.testing.assert_array_equal(found.losses, same.losses)
+    assert np.isnan(found.stability).all()
+    assert found.settings["rate"] == 1e-2
+    with pytest.raises(ValueError, match="calibrate sets its step_size, which it does not have"):
+        calibrate(key, example_losses, WEIGHTS, DATA, sampler=Stepless(1e-2))
+
+
+def test_a_sampler_of_twenty_lines_is_calibrated():
+    found = calibrate(
+        jax.random.key(0), example_losses, {"w": DATA.mean(axis=0)}, DATA,
+        sampler=LeimkuhlerMatthews(1.0),
+        nbeta=50.0, localization=1.0, step_fractions=(0.4,), nbeta_factors=(1.0,),
+        localization_factors=(1.0,), num_draws=400, num_burnin=400,
+    )  # fmt: skip
+    sampler = found.settings["sampler"]
+    assert isinstance(sampler, LeimkuhlerMatthews)
+    # Half of what SGLD would get, since it takes steps twice as long.
+    assert sampler.step_size == pytest.approx(0.4 / (50 + 1) / 2, rel=0.02)
+    assert found.relaxation == pytest.approx(1 / (2 * sampler.step_size))
+    assert found.sweep.control[0].settings["sampler"] == "LeimkuhlerMatthews"
+    best = found.sweep.estimates[0, 0, 0]
+    assert abs(best.mean - 5 / 2 * 50 / 51) < 4 * best.stderr
 
 
 # --- the sampling program ---------------------------------------------------------------------
@@ -300,7 +555,7 @@ def test_no_key_is_used_twice_in_an_estimate(sampler, thinning):
     assert estimate.settings["sampler"] == type(sampler).__name__
     for name, value in sampler._asdict().items():
         assert estimate.settings[name] == value
-    measured = hasattr(sampler, "log_acceptance") or isinstance(sampler, MALA)
+    measured = isinstance(sampler, SGLD | MALA)
     assert np.isfinite(estimate.acceptance).all() == measured
     assert np.isfinite(estimate.stability).all()
 
