@@ -143,7 +143,7 @@ def run(config: Config, phase: str = "calibration") -> None:
         line = cli.command("estimate_llc", config.preset, proposal,
                            estimate_llc.PRESETS[config.preset])  # fmt: skip
         write_atomic(folder / "sweep.png", png(calibration.plot()))
-        write_atomic(folder / "sweep.csv", table(calibration.sweep))
+        write_atomic(folder / "sweep.csv", table(calibration.grid))
         write_json(path, {
             **inputs,
             "command": cli.command("calibrate_sgld", config.preset, config, PRESETS[config.preset]),

@@ -20,26 +20,26 @@ from llc_jax import (
     estimate_llc_over_settings,
     extrapolate_step_size,
 )
-from llc_jax.calibration.pilot import (
-    GROWTH,
-    MARGIN,
-    Pilot,
-    Settled,
-    all_finite,
-    stiffness_of,
-    weakest_localization,
-)
-from llc_jax.calibration.result import lengths
-from llc_jax.calibration.sweep import (
+from llc_jax.calibration.choice import (
     LEVEL,
     RELAXATIONS,
     STEP_FRACTION,
-    Sweep,
+    SampledGrid,
     control_score,
     faults,
     plateau,
     sensitivity,
 )
+from llc_jax.calibration.pilot import (
+    GROWTH,
+    MARGIN,
+    MeasuredStiffness,
+    Pilot,
+    all_finite,
+    guess_localization,
+    stiffness_of,
+)
+from llc_jax.calibration.result import lengths
 from llc_jax.samplers import base
 
 ROWS, DIM = 4, 40
@@ -103,7 +103,7 @@ def test_a_flat_direction_is_equilibrated_after_three_relaxation_times(sampler):
 
 @pytest.mark.parametrize("sampler", [SGLD(1.0), BAOAB(1.0, 1.0)], ids=["SGLD", "BAOAB"])
 def test_the_weakest_localization_just_relaxes(sampler):
-    gamma = weakest_localization(sampler, 5000.0, STEP_FRACTION, 700)
+    gamma = guess_localization(sampler, 5000.0, STEP_FRACTION, 700)
     tuned = base.with_step_size(sampler, STEP_FRACTION / 5000.0, gamma)
     assert 700 / base.relaxation_steps(tuned, gamma) == pytest.approx(RELAXATIONS, rel=1e-6)
 
@@ -113,15 +113,17 @@ def test_between_the_rungs_of_a_ladder_by_hand():
     pilot = Pilot(quadratic, ORIGIN, None, BAOAB(1.0, 1.0), 0.4, 1000, {})
     rungs = np.array([1.0, 10.0, 100.0])
 
-    def affordable(stiffness, settled=(True, True, True)):
-        return pilot.affordable(Settled(rungs, stiffness, np.array(settled), 0))
+    def weakest(stiffness, converged=(True, True, True)):
+        return pilot.weakest_localization(
+            MeasuredStiffness(rungs, stiffness, np.array(converged), 0)
+        )
 
-    assert affordable(1e6 / rungs) == pytest.approx(MARGIN * 3 / math.sqrt(0.4))
+    assert weakest(1e6 / rungs) == pytest.approx(MARGIN * 3 / math.sqrt(0.4))
     # Out of reach either way: the end of the ladder.
-    assert affordable(1e12 / rungs) == pytest.approx(100.0)
-    assert affordable(1.0 / rungs) == pytest.approx(1.0)
+    assert weakest(1e12 / rungs) == pytest.approx(100.0)
+    assert weakest(1.0 / rungs) == pytest.approx(1.0)
     # Rungs on which no step size was small enough do not count, however relaxed they look.
-    assert 10 < affordable(1.0 / rungs, settled=(False, False, True)) < 100
+    assert 10 < weakest(1.0 / rungs, converged=(False, False, True)) < 100
 
 
 @pytest.mark.slow
@@ -132,10 +134,10 @@ def test_the_weakest_localization_is_that_whose_own_curvature_the_burn_in_afford
         jax.random.key(0), wandering, params, np.ones(2, np.float32), nbeta=100.0,
         nbeta_factors=(1.0,), localization_factors=(1.0, 3.0), step_fractions=(0.4,), **SIZES,
     )  # fmt: skip
-    gamma = found.sweep.localizations[0]
-    assert found.sweep.stiffness[0, 0] == pytest.approx(100 * (1 + 4 / gamma), rel=0.5)
-    assert found.sweep.stiffness[0, 0] > 3 * GROWTH * found.stiffness_at_anchor
-    assert RELAXATIONS <= found.sweep.relaxations[0, 0, 0] < 2 * RELAXATIONS
+    gamma = found.grid.localizations[0]
+    assert found.grid.stiffness[0, 0] == pytest.approx(100 * (1 + 4 / gamma), rel=0.5)
+    assert found.grid.stiffness[0, 0] > 3 * GROWTH * found.stiffness_at_anchor
+    assert RELAXATIONS <= found.grid.relaxations[0, 0, 0] < 2 * RELAXATIONS
 
 
 def test_curvature_at_the_anchor_and_step_size(with_gap):
@@ -172,25 +174,25 @@ def test_a_spectrum_without_gap_has_no_plateau_and_says_so(without_gap):
 
 
 def test_sensitivities_are_the_exact_logarithmic_derivatives(without_gap):
-    sweep = without_gap.sweep
+    sampled = without_gap.grid
 
     def exact(nbeta, gamma):
         return np.sum(nbeta * NO_GAP / (nbeta * NO_GAP + gamma)) / 2
 
-    values = np.array([[exact(b, g) for g in sweep.localizations] for b in sweep.nbetas])
-    slope = np.gradient(values, np.log(sweep.nbetas), axis=0) / values
-    stderr = sweep.values("stderr")[without_gap.chosen[0]] / values
-    tolerance = 4 * math.sqrt(2) * stderr.max() / math.log(sweep.nbetas[1] / sweep.nbetas[0])
+    values = np.array([[exact(b, g) for g in sampled.localizations] for b in sampled.nbetas])
+    slope = np.gradient(values, np.log(sampled.nbetas), axis=0) / values
+    stderr = sampled.values("stderr")[without_gap.chosen[0]] / values
+    tolerance = 4 * math.sqrt(2) * stderr.max() / math.log(sampled.nbetas[1] / sampled.nbetas[0])
     np.testing.assert_allclose(without_gap.sensitivity.nbeta, slope, atol=tolerance)
     assert tolerance < 0.5 * slope.max()
 
 
 def test_the_control_follows_its_law(with_gap):
     for column in range(3):
-        squared, exact, z = control_score(with_gap.sweep, column, DIM)
-        assert exact == pytest.approx(DIM / with_gap.sweep.localizations[column])
+        squared, exact, z = control_score(with_gap.grid, column, DIM)
+        assert exact == pytest.approx(DIM / with_gap.grid.localizations[column])
         assert abs(z) < 4
-        assert with_gap.sweep.control[column].mean == 0.0  # nbeta = 0
+        assert with_gap.grid.control[column].mean == 0.0  # nbeta = 0
         assert squared != exact
 
 
@@ -214,12 +216,12 @@ def test_curvature_is_taken_where_the_chains_are_not_at_the_anchor():
     )  # fmt: skip
     anchor, met, sampled = said
     assert anchor.endswith("is 100")
-    assert f"{found.sweep.stiffness[0, 0]:.3g}" in met
+    assert f"{found.grid.stiffness[0, 0]:.3g}" in met
     assert sampled == "sampled 2 settings"  # the control is one
     assert found.stiffness_at_anchor == pytest.approx(100.5, rel=0.01)
     # v is free up to the pull: mean v² near 1/γ = 2, curvature near 1 + 4 · 2.
     assert 4 < found.stiffness / found.stiffness_at_anchor < 30
-    assert found.sweep.estimates[0, 0, 0].stability.max() < 1.5
+    assert found.grid.estimates[0, 0, 0].stability.max() < 1.5
     assert any("Only one nbeta" in warning for warning in found.warnings)
 
 
@@ -235,7 +237,7 @@ def test_the_worst_checkpoint_sets_the_step_size():
     )  # fmt: skip
     assert found.worst_step == 70
     assert found.num_params == DIM  # of those that are sampled
-    assert abs(control_score(found.sweep, 0, found.num_params)[2]) < 4
+    assert abs(control_score(found.grid, 0, found.num_params)[2]) < 4
     assert found.stiffness == pytest.approx(5 * 300 * GAP.max() + 3, rel=0.02)
     assert "at step 70" in found.summary()
 
@@ -255,7 +257,7 @@ def test_minibatches_get_sgld_and_full_batches_baoab(with_gap):
     assert isinstance(found.settings["sampler"], SGLD)
     assert found.settings["batch_size"] == 2
     # Three step sizes, and the law of each: a bias of a quarter of ε Λ in the stiffest direction.
-    assert found.sweep.values("mean").shape == (3, 1, 1)
+    assert found.grid.values("mean").shape == (3, 1, 1)
 
 
 # --- the grid as such -------------------------------------------------------------------------
@@ -302,18 +304,18 @@ def test_extrapolation_refuses_estimates_that_differ_otherwise(two_steps):
 
 
 def made_up(with_gap, means, relaxations=10.0):
-    """A sweep whose estimates have these means [1, B, G] and tiny errors."""
-    base = with_gap.sweep.estimates[with_gap.chosen]
+    """A grid whose estimates have these means [1, B, G] and tiny errors."""
+    base = with_gap.grid.estimates[with_gap.chosen]
     sound = dataclasses.replace(base, rhat=1.0, ess=1e4, drift=0.0, distance_growth=0.0,
                                 stderr=1e-4, below_anchor=0.0)  # fmt: skip
     estimates = np.empty(np.shape(means), object)
     for index in np.ndindex(estimates.shape):
         estimates[index] = dataclasses.replace(sound, mean=float(np.asarray(means)[index]))
     _, b, g = np.shape(means)
-    return Sweep(
+    return SampledGrid(
         np.array([0.4]), np.logspace(0, 1, b), np.logspace(0, 1, g), np.ones((1, b, g)),
         np.ones((b, g)), np.broadcast_to(relaxations, (1, b, g)), estimates,
-        np.array([with_gap.sweep.control[0]] * g), np.ones(g),
+        np.array([with_gap.grid.control[0]] * g), np.ones(g),
     )  # fmt: skip
 
 
@@ -347,7 +349,7 @@ def test_an_nbeta_is_preferred_where_the_weakest_localization_is_level(with_gap)
 
 
 def test_short_grids_are_not_held_against_a_setting(with_gap):
-    base = with_gap.sweep.estimates[with_gap.chosen]
+    base = with_gap.grid.estimates[with_gap.chosen]
     assert faults(dataclasses.replace(base, ess=9.0, rhat=1.3)) == 0
     assert faults(dataclasses.replace(base, drift=20.0)) == 1
     assert faults(dataclasses.replace(base, stability=np.full(4, 3.0), mean=-9.0)) == 1
@@ -372,8 +374,8 @@ def test_what_lies_beside_a_diverged_setting_is_not_taken_for_level(with_gap):
 
 
 def test_one_setting_alone_is_not_called_level(with_gap):
-    alone = dataclasses.replace(with_gap, chosen=(0, 0, 0), sweep=made_up(with_gap, [[[7.0]]]))
-    alone = dataclasses.replace(alone, sensitivity=sensitivity(alone.sweep, 0))
+    alone = dataclasses.replace(with_gap, chosen=(0, 0, 0), grid=made_up(with_gap, [[[7.0]]]))
+    alone = dataclasses.replace(alone, sensitivity=sensitivity(alone.grid, 0))
     assert "nothing else was tried" in alone.summary()
     assert "nan" not in alone.summary()
 
@@ -391,14 +393,14 @@ def test_a_guess_that_overshoots_is_taken_back():
     pilot = Pilot(quadratic, ORIGIN, curvatures(GAP), SGLD(1.0), 0.4, 400, {"num_chains": 2})
     stiffest = 30.0 * GAP.max() + gamma
     nbetas = np.full(2, 30.0)
-    found = pilot.settle(jax.random.key(0), nbetas, gamma, 3 * stiffest, 0.9 * stiffest)
-    assert found.settled.all()
+    found = pilot.measure_stiffness(jax.random.key(0), nbetas, gamma, 3 * stiffest, 0.9 * stiffest)
+    assert found.converged.all()
     # Only where the chains were long enough to tell.
     relaxed = pilot.relaxations(3 * stiffest, gamma) >= RELAXATIONS
     np.testing.assert_array_equal(relaxed, [False, True])
     np.testing.assert_allclose(found.stiffness, np.where(relaxed, 1, 3) * stiffest, rtol=0.01)
     # Never below that at the anchor, where the chains start.
-    floor = pilot.settle(jax.random.key(0), nbetas, gamma, 3 * stiffest, 1.5 * stiffest)
+    floor = pilot.measure_stiffness(jax.random.key(0), nbetas, gamma, 3 * stiffest, 1.5 * stiffest)
     assert floor.stiffness[1] == 1.5 * stiffest[1]
 
 
@@ -428,14 +430,14 @@ def test_the_control_of_a_preconditioned_sampler_is_not_preconditioned():
         sampler=RMSPropSGLD.devinterp(1.0), nbeta_factors=(1.0,), localization_factors=(1.0,),
         step_fractions=(0.4,), **SIZES,
     )  # fmt: skip
-    assert found.sweep.estimates[0, 0, 0].settings["sampler"] == "RMSPropSGLD"
-    assert found.sweep.control[0].settings["sampler"] == "SGLD"
-    assert abs(control_score(found.sweep, 0, DIM)[2]) < 4
+    assert found.grid.estimates[0, 0, 0].settings["sampler"] == "RMSPropSGLD"
+    assert found.grid.control[0].settings["sampler"] == "SGLD"
+    assert abs(control_score(found.grid, 0, DIM)[2]) < 4
 
 
 def test_lengths_by_hand(with_gap):
     # 400 draws gave 8 %; 2 % takes 16 times as many, with steps half as fast 32 times.
-    base = with_gap.sweep.estimates[with_gap.chosen]
+    base = with_gap.grid.estimates[with_gap.chosen]
     grid = dataclasses.replace(base, mean=50.0, stderr=4.0, ess=300.0)
     assert grid.losses.shape == (4, 400)
     found = lengths(grid, 100.0, 2.0, 0.02)
@@ -485,7 +487,7 @@ def test_the_figure_shows_the_grid(with_gap):
     assert len(figure.axes) == 6
     row, b, _ = with_gap.chosen
     drawn = [line.get_ydata() for line in figure.axes[0].lines]
-    means = with_gap.sweep.values("mean")[row, b]
+    means = with_gap.grid.values("mean")[row, b]
     assert any(len(y) == len(means) and np.allclose(y, means) for y in drawn)
     assert all(ax.get_xlabel() for ax in figure.axes)
 
@@ -541,16 +543,16 @@ def test_an_anchor_without_curvature_is_calibrated_by_what_lies_around_it():
     )  # fmt: skip
     assert found.stiffness_at_anchor == found.settings["localization"]
     assert found.stiffness > 3 * found.stiffness_at_anchor
-    assert found.sweep.relaxations[0, 0, 0] >= RELAXATIONS
+    assert found.grid.relaxations[0, 0, 0] >= RELAXATIONS
     # Between cut off and the coefficient of each product, 1/2 with multiplicity 3.
-    assert 1.0 < found.sweep.estimates[0, 0, 0].mean < 8.0
+    assert 1.0 < found.grid.estimates[0, 0, 0].mean < 8.0
 
 
 # --- walls that are steeper than where chains end ----------------------------------------------
 
 
 class Seen(NamedTuple):
-    """What a pilot chain leaves, as far as `Pilot.settle` looks."""
+    """What a pilot chain leaves, as far as `Pilot.measure_stiffness` looks."""
 
     stability: np.ndarray
     diverged_at: np.ndarray
@@ -569,7 +571,7 @@ class Walled(Pilot):
             found.append(Seen(ends, np.array([-1, 7 if dead else -1]), sound))
         return np.array([*found, None], object)[:-1]
 
-    def pushed(self, estimates, nbetas):
+    def curvature_by_gradients(self, estimates, nbetas):
         return np.zeros(len(estimates))
 
 
@@ -580,26 +582,26 @@ def walled(wall, num_burnin=300):
 def test_steps_that_killed_are_not_taken_again_where_chains_end_on_flat_ground():
     # Walls need Λ = 0.1 × 5000; nothing but deaths tells. Half a decade apart, on a log scale.
     gamma = np.array([2.0, 2.0])
-    found = walled(lambda gamma: 5000.0).settle(
+    found = walled(lambda gamma: 5000.0).measure_stiffness(
         jax.random.key(0), np.ones(2), gamma, np.array([2.0, 1e5]), gamma, to_the_end=True
     )
-    assert found.settled.all()
+    assert found.converged.all()
     assert (0.4 / found.stiffness * 5000 <= 4).all()
     assert (found.stiffness[:1] < 10 * 500).all()  # of the first, that came from below
     # A setting that can no longer relax is given up, unless asked for to the end.
-    given_up = walled(lambda gamma: 1e9).settle(
+    given_up = walled(lambda gamma: 1e9).measure_stiffness(
         jax.random.key(0), np.ones(1), gamma[:1], gamma[:1], gamma[:1]
     )
-    assert not given_up.settled[0]
+    assert not given_up.converged[0]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e12, 1e-3])
 def test_a_ladder_climbs_to_a_localization_that_is_affordable_at_any_scale(scale):
     # Walls of (w1^2 w2 ...)²: the steeper the further chains go, by a power of γ.
     pilot = walled(lambda gamma: 5000 * scale * (scale / gamma) ** 2)
-    rungs = pilot.ladder(jax.random.key(0), 1.0, 0.0, 2)
-    assert pilot.reached(rungs)
-    gamma = pilot.affordable(rungs)
+    ladder = pilot.measure_ladder(jax.random.key(0), 1.0, 0.0, 2)
+    assert pilot.reached(ladder)
+    gamma = pilot.weakest_localization(ladder)
     # 300 sqrt(ε γ) relaxation times with ε = 4 / wall: 3 at γ = 0.8 scale, and room for a decade.
     least = scale * (9 * 5000 / (4 * 300**2)) ** (1 / 3)
     assert least < gamma < 15 * least
@@ -619,10 +621,10 @@ class Uneven(Walled):
 
 def test_no_less_curvature_is_taken_for_granted_under_a_weaker_pull():
     pilot = Uneven(None, lambda gamma: 0.0, None, BAOAB(1.0, 1.0), 0.4, 300, {"num_chains": 2})
-    rungs = pilot.ladder(jax.random.key(0), 1.0, 0.0, 2)
-    weak = rungs.localizations < 10
+    ladder = pilot.measure_ladder(jax.random.key(0), 1.0, 0.0, 2)
+    weak = ladder.localizations < 10
     assert weak.any()
-    np.testing.assert_allclose((rungs.stiffness - rungs.localizations)[weak], 500, rtol=1e-3)
+    np.testing.assert_allclose((ladder.stiffness - ladder.localizations)[weak], 500, rtol=1e-3)
 
 
 def crossing(a, b):

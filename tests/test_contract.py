@@ -494,8 +494,8 @@ def test_a_sampler_of_twenty_lines_is_calibrated():
     # Half of what SGLD would get, since it takes steps twice as long.
     assert sampler.step_size == pytest.approx(0.4 / (50 + 1) / 2, rel=0.02)
     assert found.relaxation == pytest.approx(1 / (2 * sampler.step_size))
-    assert found.sweep.control[0].settings["sampler"] == "LeimkuhlerMatthews"
-    best = found.sweep.estimates[0, 0, 0]
+    assert found.grid.control[0].settings["sampler"] == "LeimkuhlerMatthews"
+    best = found.grid.estimates[0, 0, 0]
     assert abs(best.mean - 5 / 2 * 50 / 51) < 4 * best.stderr
 
 

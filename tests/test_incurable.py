@@ -94,7 +94,7 @@ def test_an_anchor_with_slope_only_off_it_is_no_flat_loss():
         jax.random.key(0), quartic, {"w": np.zeros(1, np.float32)}, ONES, localization=1.0,
         nbeta_factors=(1.0,), localization_factors=(1.0,), step_fractions=(0.4,), **SIZES,
     )  # fmt: skip
-    assert found.sweep.estimates[0, 0, 0].num_finite == 4
+    assert found.grid.estimates[0, 0, 0].num_finite == 4
 
 
 def quartic(params, batch):

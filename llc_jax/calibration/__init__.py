@@ -1,1 +1,1 @@
-"""Settings for an estimate: proposed from pilot chains and a grid, with reasons."""
+"""Settings for an estimate, found by pilot chains and a grid, with reasons."""

@@ -1,4 +1,4 @@
-"""The grid of settings that a calibration samples, and the rehearsal of what it proposes.
+"""The grid of settings that a calibration samples, and the rehearsal of what it chooses.
 
 Symbols as in `llc_jax.calibration.pilot`.
 """
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from llc_jax.calibration.choice import RELAXATIONS, SampledGrid, Sensitivity, chosen_row, plateau
 from llc_jax.calibration.incurable import refuse_incurable
 from llc_jax.calibration.pilot import VARIES, Pilot, stiffness_of
-from llc_jax.calibration.sweep import RELAXATIONS, Sensitivity, Sweep, plateau, proposed_row
 from llc_jax.calibration.walls import any_dead, spread
 from llc_jax.llc.estimators import estimate_llc_over_settings
 from llc_jax.samplers import SGLD, base
 
-MAX_SWEEPS = 4  # while chains die
+MAX_GRIDS = 4  # while chains die
 MAX_REHEARSALS = 10
 STRESS = 4.0  # times the proposed step size must be survived,
 WILD = 16.0  # or so many times where ends of chains differ by as much in curvature,
@@ -41,10 +41,10 @@ class Choice(NamedTuple):
     num_rehearsals: int
 
 
-def stiffest_of(sweep: Sweep, cell: tuple[int, int, int]) -> float:
+def stiffest_of(sampled: SampledGrid, cell: tuple[int, int, int]) -> float:
     """Λ of a setting: the largest that pilots or its own chains met."""
-    before, step_size = sweep.stiffness[cell[1:]], sweep.step_sizes[cell]
-    found = stiffness_of([sweep.estimates[cell]], step_size, before)
+    before, step_size = sampled.stiffness[cell[1:]], sampled.step_sizes[cell]
+    found = stiffness_of([sampled.estimates[cell]], step_size, before)
     return max(float(before), float(found[0]))
 
 
@@ -75,6 +75,16 @@ class Grid(NamedTuple):
     localizations: np.ndarray
     num_draws: int
 
+    def cells(self) -> np.ndarray:
+        """[2, B * G] nbeta and localization of each cell."""
+        return np.array(np.meshgrid(self.nbetas, self.localizations, indexing="ij")).reshape(2, -1)
+
+    def setting(self, cell: tuple[int, int, int]) -> tuple[float, float, float]:
+        """ε Λ, nbeta and localization of one cell."""
+        axes = self.fractions, self.nbetas, self.localizations
+        fraction, nbeta, localization = (float(x[i]) for x, i in zip(axes, cell, strict=True))
+        return fraction, nbeta, localization
+
     def run(self, rng_key, sampler, nbetas, localizations, steps, **changes: Any) -> np.ndarray:
         """[K] estimates, all settings in one program."""
         pilot = self.pilot
@@ -87,30 +97,28 @@ class Grid(NamedTuple):
         refuse_incurable(found)
         return found
 
-    def sample(self, rng_key: jax.Array, stiffness: np.ndarray) -> Sweep:
+    def sample(self, rng_key: jax.Array, stiffness: np.ndarray) -> SampledGrid:
         """Samples the grid, and the control at nbeta = 0, whose law is known.
 
         Args:
           rng_key: consumed.
           stiffness: [B, G] Λ.
         """
-        sampler, row = self.pilot.sampler, proposed_row(self.fractions)
+        sampler, row = self.pilot.sampler, chosen_row(self.fractions)
         shape = (self.fractions.size, *stiffness.shape)
-        cells = np.array(np.meshgrid(self.nbetas, self.localizations, indexing="ij"))
-        cells = cells.reshape(2, -1)
         steps = self.fractions[:, None, None] / stiffness
-        grid = *np.tile(cells, self.fractions.size), steps.ravel()
+        tried = *np.tile(self.cells(), self.fractions.size), steps.ravel()
         free = np.zeros_like(self.localizations)
         control = free, self.localizations, self.fractions[row] / self.localizations
         lawful = sampler if base.stationary_variance(sampler, 1.0) is not None else SGLD(1.0)
         if lawful is not sampler:
-            both = self.run(rng_key, sampler, *grid), self.run(rng_key, lawful, *control)
+            both = self.run(rng_key, sampler, *tried), self.run(rng_key, lawful, *control)
             estimates = np.concatenate(both)
         else:  # one program for both
-            both = zip(grid, control, strict=True)
+            both = zip(tried, control, strict=True)
             estimates = self.run(rng_key, sampler, *(np.concatenate(x) for x in both))
         size = steps.size
-        return Sweep(
+        return SampledGrid(
             step_fractions=self.fractions,
             nbetas=self.nbetas,
             localizations=self.localizations,
@@ -132,58 +140,62 @@ class Grid(NamedTuple):
         tuned = base.with_step_size(self.pilot.sampler, step_sizes, gammas)
         return self.pilot.num_burnin / base.relaxation_steps(tuned, gammas)
 
-    def sample_alive(self, rng_key: jax.Array, stiffness: np.ndarray) -> tuple[Sweep, int]:
+    def sample_alive(self, rng_key: jax.Array, stiffness: np.ndarray) -> tuple[SampledGrid, int]:
         """Samples, again with smaller steps where chains died, if those relax or all died.
 
         Returns:
-          (the last `Sweep`, settings sampled on the way).
+          (the last `SampledGrid`, settings sampled on the way).
         """
-        row, spent = proposed_row(self.fractions), 0
-        for _ in range(MAX_SWEEPS):
-            sweep = self.sample(rng_key, stiffness)
-            spent += sweep.estimates.size + sweep.control.size
-            dead = any_dead(sweep.estimates[row].ravel()).reshape(stiffness.shape)
+        row, spent = chosen_row(self.fractions), 0
+        for _ in range(MAX_GRIDS):
+            sampled = self.sample(rng_key, stiffness)
+            spent += sampled.estimates.size + sampled.control.size
+            dead = any_dead(sampled.estimates[row].ravel()).reshape(stiffness.shape)
             stiffer = np.where(dead, STRESS * stiffness, stiffness)
             relaxed = self.relaxations(self.fractions[row] / stiffer) >= RELAXATIONS
             if not (dead & (relaxed | dead.all())).any():
                 break
             stiffness = stiffer
-        return sweep, spent
+        return sampled, spent
 
-    def stiffened(self, sweep: Sweep, chosen: tuple[int, int, int], stiffness: float) -> Sweep:
-        """`sweep` with another Λ for one setting, and with what that leaves of its burn-in."""
-        demanded = sweep.stiffness.copy()
+    def stiffened(
+        self, sampled: SampledGrid, chosen: tuple[int, int, int], stiffness: float
+    ) -> SampledGrid:
+        """`sampled` with another Λ for one setting, and with what that leaves of its burn-in."""
+        demanded = sampled.stiffness.copy()
         demanded[chosen[1:]] = stiffness
         left = self.relaxations(self.fractions[:, None, None] / demanded)
-        return sweep._replace(stiffness=demanded, relaxations=left)
+        return sampled._replace(stiffness=demanded, relaxations=left)
 
-    def rehearsed(self, rng_key: jax.Array, sweep: Sweep, at_anchor: float) -> tuple[Choice, Sweep]:
+    def choose(
+        self, rng_key: jax.Array, sampled: SampledGrid, at_anchor: float
+    ) -> tuple[Choice, SampledGrid]:
         """Chooses a setting; a smaller step or another setting where long chains do not survive.
 
         Args:
           rng_key: consumed.
-          sweep: the grid.
+          sampled: the grid.
           at_anchor: the largest eigenvalue of H there.
 
         Returns:
-          (`Choice`, the `Sweep` with what rehearsals demand).
+          (`Choice`, the `SampledGrid` with what rehearsals demand).
 
         Raises:
           ValueError: if no step size was small enough.
         """
         for number in range(MAX_REHEARSALS):
-            cell, found, warnings = plateau(sweep)
-            nbeta, gamma = float(self.nbetas[cell[1]]), float(self.localizations[cell[2]])
-            fraction, met = float(self.fractions[cell[0]]), stiffest_of(sweep, cell)
-            stress = self.stress(sweep, cell, at_anchor * nbeta + gamma)
+            cell, found, warnings = plateau(sampled)
+            fraction, nbeta, gamma = self.setting(cell)
+            met = stiffest_of(sampled, cell)
+            stress = self.stress(sampled, cell, at_anchor * nbeta + gamma)
             if stress == 0:
-                return Choice(cell, met, found, warnings, number), sweep
+                return Choice(cell, met, found, warnings, number), sampled
             step_size = max(fraction, min(stress * fraction, LIMIT)) / met
             if self.survives(jax.random.fold_in(rng_key, number), nbeta, gamma, step_size):
                 safe = max(met, fraction * stress / step_size) if stress > STRESS else met
-                warnings += _steep(safe * sweep.step_sizes[cell] / fraction)
-                return Choice(cell, safe, found, warnings, number + 1), sweep
-            sweep = self.stiffened(sweep, cell, STRESS * met)
+                warnings += _steep(safe * sampled.step_sizes[cell] / fraction)
+                return Choice(cell, safe, found, warnings, number + 1), sampled
+            sampled = self.stiffened(sampled, cell, STRESS * met)
         raise ValueError(
             f"long chains died in {MAX_REHEARSALS} rehearsals, the last with localization"
             f" {gamma:.3g} and step size {step_size:.2g}: the loss rises too steeply around the"
@@ -191,17 +203,17 @@ class Grid(NamedTuple):
             " larger num_burnin, which affords smaller steps."
         )
 
-    def stress(self, sweep: Sweep, cell: tuple[int, int, int], at_anchor: float) -> float:
+    def stress(self, sampled: SampledGrid, cell: tuple[int, int, int], at_anchor: float) -> float:
         """How many times the step size long chains must survive; 0 if curvature is all the same.
 
         Args:
-          sweep: the grid.
+          sampled: the grid.
           cell: index [E, B, G].
           at_anchor: Λ there.
         """
-        column, steps = sweep.estimates[:, *cell[1:]], sweep.step_sizes[:, *cell[1:]]
+        column, steps = sampled.estimates[:, *cell[1:]], sampled.step_sizes[:, *cell[1:]]
         met = np.concatenate([e.stability / step for e, step in zip(column, steps, strict=True)])
-        pilots = sweep.stiffness[cell[1:]]
+        pilots = sampled.stiffness[cell[1:]]
         if not any_dead(column).any() and spread(met, at_anchor, pilots) <= VARIES:
             return 0.0
         return WILD if spread(met, pilots) > WILD else STRESS

@@ -1,4 +1,4 @@
-"""What no setting of a sampler cures: `calibrate` ends with it, instead of sweeping."""
+"""What no setting of a sampler cures: `calibrate` ends with it, instead of sampling its grid."""
 
 import math
 from typing import Any

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llc_jax.calibration.choice import RELAXATIONS
 from llc_jax.calibration.incurable import refuse_flat, refuse_incurable
-from llc_jax.calibration.sweep import RELAXATIONS
-from llc_jax.calibration.walls import any_dead, pushed, spread
+from llc_jax.calibration.walls import any_dead, curvature_by_gradients, spread
 from llc_jax.diagnostics import MAX_STABILITY
 from llc_jax.inputs import checks
 from llc_jax.llc.estimators import estimate_llc_over_settings
@@ -25,11 +25,11 @@ from llc_jax.samplers import base
 from llc_jax.trees import Layout, at_least_float32
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
 
-ROOM = 1.25  # growth of Λ between rounds that counts as settled
+ROOM = 1.25  # growth of Λ between rounds that counts as converged
 MAX_ROUNDS = 5
 MOST_ROUNDS = 12  # while chains die
 GROWTH = 3.0  # of the curvature on the way from the anchor, for a first guess at γ
-RUNGS = GROWTH ** np.arange(0, 4.5, 0.5)  # of the ladder of γ, in units of that guess
+LADDER = GROWTH ** np.arange(0, 4.5, 0.5)  # the γ tried, in units of that guess
 FARTHEST = 1e-6  # γ at which each weight goes a distance of 1000
 DECADES = 10.0 ** np.arange(9)  # of a ladder whose lowest rung is a guess
 MAX_LADDERS = 4
@@ -41,7 +41,7 @@ LARGE = 100.0  # weights above it round a step of that size away
 PROBES = 2  # draws at which the gradient is looked at: the anchor, and half way
 
 
-def weakest_localization(
+def guess_localization(
     sampler: Sampler, stiffness: float, fraction: float, num_burnin: int
 ) -> float:
     """The smallest γ whose flat directions relax `RELAXATIONS` times within a burn-in.
@@ -75,19 +75,19 @@ def all_finite(estimates: Any) -> np.ndarray:
     return np.asarray([bool(np.isfinite(e.stability).all()) for e in estimates])
 
 
-class Settled(NamedTuple):
+class MeasuredStiffness(NamedTuple):
     """Λ of K settings at the end of chains with the step size it demands.
 
     Attributes:
       localizations: [K] γ.
       stiffness: [K] Λ.
-      settled: [K] whether the chains of the last round were stable, or found no more.
+      converged: [K] whether the chains of the last round were stable, or found no more.
       num_steps: steps of single chains that it took.
     """
 
     localizations: np.ndarray
     stiffness: np.ndarray
-    settled: np.ndarray
+    converged: np.ndarray
     num_steps: int
 
 
@@ -149,9 +149,9 @@ class Pilot(NamedTuple):
             )
         return at_anchor
 
-    def settle(
+    def measure_stiffness(
         self, rng_key, nbetas, localizations, stiffness, least, to_the_end=False, **changes
-    ) -> Settled:
+    ) -> MeasuredStiffness:
         """Looks for the curvature that chains meet whose step size suits that curvature.
 
         Raised round by round until no chain finds more; a setting whose flat directions no longer
@@ -182,9 +182,9 @@ class Pilot(NamedTuple):
             dead = any_dead(found)
             measured = stiffness_of(found, steps, stiffness)
             measured = np.where(dead, np.maximum(measured, DIVERGED * stiffness), measured)
-            kinked = self.pushed(found, nbetas)
+            kinked = self.curvature_by_gradients(found, nbetas)
             measured = np.where(kinked > DIVERGED * measured, kinked, measured)
-            settled = measured <= ROOM * stiffness
+            converged = measured <= ROOM * stiffness
             sound = (measured * steps <= MAX_STABILITY) & all_finite(found)
             sound &= self.relaxations(stiffness, localizations) >= RELAXATIONS
             # Half way, on a logarithmic scale, between steps that killed and the next ones.
@@ -195,28 +195,30 @@ class Pilot(NamedTuple):
             stiffness = np.where(sound, lower, np.maximum(stiffness, measured))
             hopeless = self.relaxations(stiffness, localizations) < RELAXATIONS
             dying = dead & (to_the_end | ~hopeless)
-            if (settled | hopeless & ~dying).all() or (
+            if (converged | hopeless & ~dying).all() or (
                 number + 1 >= MAX_ROUNDS and not dying.any()
             ):
                 break
         chains = changes.get("num_chains", self.options["num_chains"])
         spent = (number + 1) * stiffness.size * self.num_burnin * chains
-        return Settled(localizations, stiffness, settled | sound, spent)
+        return MeasuredStiffness(localizations, stiffness, converged | sound, spent)
 
-    def pushed(self, estimates: Any, nbetas: np.ndarray) -> np.ndarray:
-        """[K] `walls.pushed`; 0 for minibatches, whose noise is in their gradients."""
+    def curvature_by_gradients(self, estimates: Any, nbetas: np.ndarray) -> np.ndarray:
+        """[K] as in `walls`; 0 for minibatches, whose noise is in their gradients."""
         size = self.options.get("batch_size")
         if isinstance(self.data, Stream) or size not in (None, checks.data_length(self.data)):
             return np.zeros(len(estimates))
         mask = checks.mask(self.options.get("mask"), self.params)
-        return pushed(estimates, nbetas, int(Layout.of(self.params).num_kept(mask)))
+        return curvature_by_gradients(estimates, nbetas, int(Layout.of(self.params).num_kept(mask)))
 
     def relaxations(self, stiffness, localizations) -> np.ndarray:
         """Length of the burn-in in relaxation times."""
         sampler = base.with_step_size(self.sampler, self.fraction / stiffness, localizations)
         return self.num_burnin / base.relaxation_steps(sampler, localizations)
 
-    def ladder(self, rng_key, nbeta: float, at_anchor: float, num_weights: int) -> Settled:
+    def measure_ladder(
+        self, rng_key, nbeta: float, at_anchor: float, num_weights: int
+    ) -> MeasuredStiffness:
         """Rungs of γ at one nbeta, up to one that the burn-in affords.
 
         The weaker the localization, the further chains go and the larger the curvature that they
@@ -224,42 +226,40 @@ class Pilot(NamedTuple):
         the anchor is none, or nothing beside what lies around it, as at the origin of a deep linear
         network, it does not tell the scale of γ, and the rungs are decades.
         """
-        near = weakest_localization(
-            self.sampler, GROWTH * at_anchor, self.fraction, self.num_burnin
-        )
+        near = guess_localization(self.sampler, GROWTH * at_anchor, self.fraction, self.num_burnin)
         lowest, spent = num_weights * FARTHEST, 0
         if near > FARTHEST:
-            gammas = near * RUNGS
+            gammas = near * LADDER
             least = at_anchor + gammas
             nbetas = np.full(gammas.size, nbeta)
-            rungs = self.settle(rng_key, nbetas, gammas, least, least, num_chains=1)
-            if self.reached(rungs):
-                return rungs
-            lowest, spent = gammas[-1], rungs.num_steps
+            ladder = self.measure_stiffness(rng_key, nbetas, gammas, least, least, num_chains=1)
+            if self.reached(ladder):
+                return ladder
+            lowest, spent = gammas[-1], ladder.num_steps
         for number in range(MAX_LADDERS):
             gammas = lowest * DECADES
             least = at_anchor + gammas
             key = jax.random.fold_in(rng_key, MOST_ROUNDS + number)
-            rungs = self.settle(key, np.full(gammas.size, nbeta), gammas, least, least)
+            ladder = self.measure_stiffness(key, np.full(gammas.size, nbeta), gammas, least, least)
             # No less than under a stronger pull: chains may have ended where it happens to be flat.
-            met = np.maximum.accumulate((rungs.stiffness - gammas)[::-1])[::-1]
-            spent += rungs.num_steps
-            rungs = rungs._replace(stiffness=met + gammas, num_steps=spent)
-            if self.reached(rungs):
+            met = np.maximum.accumulate((ladder.stiffness - gammas)[::-1])[::-1]
+            spent += ladder.num_steps
+            ladder = ladder._replace(stiffness=met + gammas, num_steps=spent)
+            if self.reached(ladder):
                 break
             lowest = gammas[-1]
-        return rungs
+        return ladder
 
-    def reached(self, rungs: Settled) -> bool:
+    def reached(self, ladder: MeasuredStiffness) -> bool:
         """Whether the last rung of a ladder relaxes within the burn-in."""
-        last = self.relaxations(rungs.stiffness, rungs.localizations)[-1]
-        return bool(rungs.settled[-1] and last >= MARGIN * RELAXATIONS)
+        last = self.relaxations(ladder.stiffness, ladder.localizations)[-1]
+        return bool(ladder.converged[-1] and last >= MARGIN * RELAXATIONS)
 
-    def affordable(self, rungs: Settled) -> float:
+    def weakest_localization(self, ladder: MeasuredStiffness) -> float:
         """The weakest γ that relaxes within the burn-in, between the rungs of a ladder."""
         # Where no step size was small enough next to nothing relaxes.
-        gammas = rungs.localizations
-        relaxed = np.where(rungs.settled, self.relaxations(rungs.stiffness, gammas), 1e-3)
+        gammas = ladder.localizations
+        relaxed = np.where(ladder.converged, self.relaxations(ladder.stiffness, gammas), 1e-3)
         relaxed = np.maximum.accumulate(relaxed)
         wanted = MARGIN * RELAXATIONS
         return float(np.exp(np.interp(np.log(wanted), np.log(relaxed), np.log(gammas))))

@@ -1,4 +1,4 @@
-"""What a calibration proposes, and why."""
+"""What a calibration finds, and why."""
 
 import dataclasses
 import math
@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llc_jax.calibration.sweep import LEVEL, RELAXATIONS, Sensitivity, Sweep, control_score, rise
+from llc_jax.calibration.choice import (
+    LEVEL,
+    RELAXATIONS,
+    SampledGrid,
+    Sensitivity,
+    control_score,
+    rise,
+)
 from llc_jax.llc.estimate import LLCEstimate
 
 LENGTH = 8.0  # least length of a chain in relaxation times
@@ -65,27 +72,27 @@ def lengths(grid: LLCEstimate, relaxation: float, slower: float, relative_stderr
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Proposed settings, the grid they come from, and the reasons.
+    """Settings, the grid they come from, and the reasons.
 
     Attributes:
       settings: keyword arguments for `estimate_llc`.
       chosen: index [E, B, G] of the cell of the grid.
-      sweep: the grid.
+      grid: the grid.
       stiffness_at_anchor: Λ at w*.
       stiffness: Λ that set the step size: the largest seen along chains, or what a rehearsal with
         longer ones demanded.
       worst_step: training step of the checkpoint where it was seen, None for the anchor's chains.
       sensitivity: how the estimate depends on the choice.
       relaxation: steps in which a direction without curvature forgets its start.
-      relative_stderr: of λ̂, expected of the proposed draws.
+      relative_stderr: of λ̂, expected of that many draws.
       num_params: d.
-      num_steps: sampler steps spent, over all settings, per chain of the proposal.
+      num_steps: sampler steps spent, over all settings, per chain.
       warnings: what to beware of, one sentence each.
     """
 
     settings: Mapping[str, Any]
     chosen: tuple[int, int, int]
-    sweep: Sweep
+    grid: SampledGrid
     stiffness_at_anchor: float
     stiffness: float
     worst_step: int | None
@@ -97,17 +104,22 @@ class Calibration:
     warnings: list[str]
 
     @property
+    def sweep(self) -> SampledGrid:
+        """The former name of `grid`."""
+        return self.grid
+
+    @property
     def reasons(self) -> list[str]:
         """Why these settings: one sentence each."""
-        s, sweep = self.settings, self.sweep
+        s, grid = self.settings, self.grid
         step_size, cell = float(s["sampler"].step_size), self.chosen[1:]
-        best = sweep.estimates[self.chosen]
+        best = grid.estimates[self.chosen]
         where = "along the chains" if self.worst_step is None else f"at step {self.worst_step:,}"
-        fractions = np.append(best.stability, sweep.step_fractions[self.chosen[0]])
-        seen = np.fmax.reduce(fractions) / sweep.step_sizes[self.chosen]
+        fractions = np.append(best.stability, grid.step_fractions[self.chosen[0]])
+        seen = np.fmax.reduce(fractions) / grid.step_sizes[self.chosen]
         if self.worst_step is None and self.stiffness > 1.01 * seen:
             where += ", with a margin for walls that are rarely met"
-        squared, exact, z = control_score(sweep, cell[1], self.num_params)
+        squared, exact, z = control_score(grid, cell[1], self.num_params)
         level = np.argwhere(self.sensitivity.level)
         slopes = [
             f"{slope[cell]:+.1%} per e-fold of {name}"
@@ -121,8 +133,8 @@ class Calibration:
             (b0, g0), (b1, g1) = level.min(axis=0), level.max(axis=0)
             span = (
                 f"λ̂ is level in {len(level)} of {self.sensitivity.level.size} settings, with nbeta"
-                f" from {sweep.nbetas[b0]:.3g} to {sweep.nbetas[b1]:.3g} and localization from"
-                f" {sweep.localizations[g0]:.3g} to {sweep.localizations[g1]:.3g} (within"
+                f" from {grid.nbetas[b0]:.3g} to {grid.nbetas[b1]:.3g} and localization from"
+                f" {grid.localizations[g0]:.3g} to {grid.localizations[g1]:.3g} (within"
                 f" {LEVEL:.0%} per e-fold)"
             )
         else:
@@ -139,7 +151,7 @@ class Calibration:
             f" {best.stderr:.2g}.",
             f"Control at nbeta = 0: mean squared distance {squared:.4g}, exact {exact:.4g}"
             f" ({z:+.1f} standard errors); there the loss rises by"
-            f" {rise(sweep.control[cell[1]]):.3g}, here by {rise(best):.3g}.",
+            f" {rise(grid.control[cell[1]]):.3g}, here by {rise(best):.3g}.",
         ]
 
     def summary(self) -> str:
@@ -157,7 +169,7 @@ class Calibration:
         return f"<pre>{html.escape(self.summary())}</pre>"
 
     def plot(self):
-        """Draws the sweep; returns a matplotlib `Figure`."""
-        from llc_jax.figures import calibration as sweep_figures
+        """Draws the grid; returns a matplotlib `Figure`."""
+        from llc_jax.figures import calibration as figures
 
-        return sweep_figures.sweep_figure(self)
+        return figures.grid_figure(self)

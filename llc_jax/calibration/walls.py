@@ -18,7 +18,7 @@ def spread(*curvatures: Any) -> float:
     return float(np.fmax.reduce(found) / smallest) if smallest > 0 else math.inf
 
 
-def pushed(estimates: Any, nbetas: np.ndarray, num_weights: int) -> np.ndarray:
+def curvature_by_gradients(estimates: Any, nbetas: np.ndarray, num_weights: int) -> np.ndarray:
     """Mean curvature of each posterior by the gradients that its chains met last.
 
     E|nβ ∇L|² is the trace of nβ H over the posterior (integration by parts), and kinks, as that of

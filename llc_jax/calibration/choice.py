@@ -18,7 +18,7 @@ CURABLE = {"few effective draws", "chains disagree"}
 HOT = 0.9  # share of the free rise of the loss above which nbeta hardly restrains the chains
 
 
-class Sweep(NamedTuple):
+class SampledGrid(NamedTuple):
     """Estimates on a grid of E step sizes, B values of nbeta and G of localization.
 
     Attributes:
@@ -89,36 +89,36 @@ def faults(estimate: LLCEstimate) -> int:
     return sum(label not in harmless for label, _ in estimate.findings)
 
 
-def proposed_row(step_fractions: np.ndarray) -> int:
+def chosen_row(step_fractions: np.ndarray) -> int:
     """Index of the step fraction that is proposed: the nearest to `STEP_FRACTION`."""
     return int(np.argmin(np.abs(np.log(np.asarray(step_fractions) / STEP_FRACTION))))
 
 
-def sensitivity(sweep: Sweep, row: int) -> Sensitivity:
+def sensitivity(grid: SampledGrid, row: int) -> Sensitivity:
     """Logarithmic derivatives of λ̂ over the grid at one step fraction.
 
     Args:
-      sweep: the grid.
+      grid: the grid.
       row: index of the step fraction.
     """
-    mean, stderr = sweep.values("mean")[row], sweep.values("stderr")[row]
+    mean, stderr = grid.values("mean")[row], grid.values("stderr")[row]
     slopes, steady = np.full((2, *mean.shape), np.nan), np.full((2, *mean.shape), True)
-    for axis, grid in enumerate((sweep.nbetas, sweep.localizations)):
-        if grid.size == 1:
+    for axis, values in enumerate((grid.nbetas, grid.localizations)):
+        if values.size == 1:
             continue
         with np.errstate(invalid="ignore", divide="ignore"):
-            slopes[axis] = np.gradient(mean, np.log(grid), axis=axis) / np.abs(mean)
+            slopes[axis] = np.gradient(mean, np.log(values), axis=axis) / np.abs(mean)
             # Neighbours two apart in the middle, one at the ends: the ends are the noisier ones.
-            noise = math.sqrt(2) * stderr / np.abs(mean) / np.log(grid[1] / grid[0])
+            noise = math.sqrt(2) * stderr / np.abs(mean) / np.log(values[1] / values[0])
             steady[axis] = (np.abs(slopes[axis]) <= LEVEL + 2 * noise) & (noise <= LEVEL)
-    healthy = (sweep.each(faults)[row] == 0) & (sweep.relaxations[row] >= RELAXATIONS)
+    healthy = (grid.each(faults)[row] == 0) & (grid.relaxations[row] >= RELAXATIONS)
     return Sensitivity(*slopes, steady, steady.all(axis=0) & np.isfinite(mean) & healthy, healthy)
 
 
-def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]:
+def plateau(grid: SampledGrid) -> tuple[tuple[int, int, int], Sensitivity, list[str]]:
     """Chooses the cell that cuts off the least among those whose chains reached their law.
 
-    At the step fraction of `proposed_row`, the weakest healthy localization of an nbeta: among the
+    At the step fraction of `chosen_row`, the weakest healthy localization of an nbeta: among the
     nbetas, one where that is level if there is any, and then the nearest to the middle of the
     grid. Not the weakest *level* localization: a stronger one can be level because it has cut off
     all degenerate directions, and then the value there is that of the curvature at the anchor
@@ -131,10 +131,10 @@ def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]
     Raises:
       ValueError: if every chain of the grid diverged.
     """
-    row = proposed_row(sweep.step_fractions)
-    found = sensitivity(sweep, row)
-    if not np.isfinite(sweep.values("mean")[row]).any():
-        if sweep.each(lambda e: e.diverged_at.max())[row].max() <= 1:  # before any step counted
+    row = chosen_row(grid.step_fractions)
+    found = sensitivity(grid, row)
+    if not np.isfinite(grid.values("mean")[row]).any():
+        if grid.each(lambda e: e.diverged_at.max())[row].max() <= 1:  # before any step counted
             raise ValueError(
                 "every chain was dead from its first step on: the loss or its gradient is not"
                 " finite right beside the anchor. Use another checkpoint, or make the loss"
@@ -144,38 +144,38 @@ def plateau(sweep: Sweep) -> tuple[tuple[int, int, int], Sensitivity, list[str]]
             "every chain at the proposed step fraction diverged: give smaller step_fractions, or a"
             " larger localization."
         )
-    usable = found.healthy & np.isfinite(sweep.values("mean")[row])
+    usable = found.healthy & np.isfinite(grid.values("mean")[row])
     if usable.any():
         candidates = np.flatnonzero(usable.any(axis=1))
         weakest = usable.argmax(axis=1)[candidates]
-        from_middle = np.abs(candidates - (sweep.nbetas.size - 1) / 2)
+        from_middle = np.abs(candidates - (grid.nbetas.size - 1) / 2)
         best = np.lexsort((from_middle, ~found.level[candidates, weakest]))[0]
         cell = candidates[best], weakest[best]
     else:
-        tried = np.array([sweep.nbetas.size, sweep.localizations.size]) > 1
+        tried = np.array([grid.nbetas.size, grid.localizations.size]) > 1
         slopes = np.abs([found.nbeta, found.localization])[tried]
         slopes = np.where(np.isnan(slopes), np.inf, slopes).sum(axis=0)
-        wrong = sweep.each(faults)[row] + (sweep.relaxations[row] < RELAXATIONS)
-        dead = ~np.isfinite(sweep.values("mean")[row])
+        wrong = grid.each(faults)[row] + (grid.relaxations[row] < RELAXATIONS)
+        dead = ~np.isfinite(grid.values("mean")[row])
         slopes = np.broadcast_to(slopes, dead.shape)
         order = np.lexsort((slopes.ravel(), wrong.ravel(), dead.ravel()))
         cell = np.unravel_index(order[0], dead.shape)
     chosen = (row, int(cell[0]), int(cell[1]))
-    return chosen, found, _warnings(sweep, chosen, found)
+    return chosen, found, _warnings(grid, chosen, found)
 
 
-def _warnings(sweep: Sweep, chosen: tuple[int, int, int], found: Sensitivity) -> list[str]:
-    best, cell = sweep.estimates[chosen], chosen[1:]
+def _warnings(grid: SampledGrid, chosen: tuple[int, int, int], found: Sensitivity) -> list[str]:
+    best, cell = grid.estimates[chosen], chosen[1:]
     said = [sentence for _, sentence in unsound(best)]
     if not found.healthy[cell]:
         said.append(
             f"No setting passed all checks; the proposed one: {best.verdict}, after a burn-in of"
-            f" {sweep.relaxations[chosen]:.1f} relaxation times."
+            f" {grid.relaxations[chosen]:.1f} relaxation times."
         )
-    for axis, (name, grid) in enumerate(
-        (("nbeta", sweep.nbetas), ("localization", sweep.localizations))
+    for axis, (name, values) in enumerate(
+        (("nbeta", grid.nbetas), ("localization", grid.localizations))
     ):
-        if grid.size == 1:
+        if values.size == 1:
             said.append(f"Only one {name} was tried: how far it decides the answer is open.")
         elif not found.steady[axis][cell]:
             said.append(
@@ -183,9 +183,9 @@ def _warnings(sweep: Sweep, chosen: tuple[int, int, int], found: Sensitivity) ->
                 f" {found[axis][cell]:+.0%} for each e-fold of it at the proposed setting, where it"
                 f" is {best.mean:.3g} ± {best.stderr:.2g}. Compare values at equal settings only."
             )
-    late = sweep.estimates[chosen[0]]
+    late = grid.estimates[chosen[0]]
     drifting = [
-        f"nbeta {sweep.nbetas[b]:.3g}, localization {sweep.localizations[g]:.3g}"
+        f"nbeta {grid.nbetas[b]:.3g}, localization {grid.localizations[g]:.3g}"
         for b, g in np.ndindex(late.shape)
         if {"still drifting", "still spreading"} & {label for label, _ in late[b, g].findings}
     ]
@@ -195,17 +195,17 @@ def _warnings(sweep: Sweep, chosen: tuple[int, int, int], found: Sensitivity) ->
             f" ({'; '.join(drifting[:4])}{', ...' if len(drifting) > 4 else ''}): more burn-in"
             " there, or more localization."
         )
-    if sweep.step_fractions.size > 1:
-        means = sweep.values("mean")[:, *cell]
-        errors = sweep.values("stderr")[:, *cell]
+    if grid.step_fractions.size > 1:
+        means = grid.values("mean")[:, *cell]
+        errors = grid.values("stderr")[:, *cell]
         span = np.ptp(means[np.isfinite(means)])
         if span > 4 * np.fmax.reduce(errors) and span > LEVEL * abs(best.mean):
             said.append(
                 f"The step size biases the estimate: λ̂ from {np.nanmin(means):.4g} to"
-                f" {np.nanmax(means):.4g} over ε Λ from {sweep.step_fractions[0]:g} to"
-                f" {sweep.step_fractions[-1]:g}; use a smaller step, or `extrapolate_step_size`."
+                f" {np.nanmax(means):.4g} over ε Λ from {grid.step_fractions[0]:g} to"
+                f" {grid.step_fractions[-1]:g}; use a smaller step, or `extrapolate_step_size`."
             )
-    free = rise(sweep.control[cell[1]])
+    free = rise(grid.control[cell[1]])
     if free > 0 and rise(best) > HOT * free:
         said.append(
             f"nbeta hardly acts: the loss rises by {rise(best) / free:.0%} of what it rises by with"
@@ -222,19 +222,19 @@ def rise(estimate: LLCEstimate) -> float:
     return float(gaps[kept].mean()) if kept.any() else math.nan
 
 
-def control_score(sweep: Sweep, column: int, num_params: int) -> tuple[float, float, float]:
+def control_score(grid: SampledGrid, column: int, num_params: int) -> tuple[float, float, float]:
     """The control at nbeta = 0 against its law.
 
     Without a loss the law is Gaussian: E|w - w*|² = d/γ, but for the step bias of the sampler.
 
     Args:
-      sweep: the grid.
+      grid: the grid.
       column: index of the localization.
       num_params: d, sampled coordinates.
 
     Returns:
       (mean squared distance, the exact one, difference in standard errors).
     """
-    squared = np.square(sweep.control[column].distance.astype(np.float64))
-    exact = num_params * float(sweep.control_variances[column])
+    squared = np.square(grid.control[column].distance.astype(np.float64))
+    exact = num_params * float(grid.control_variances[column])
     return float(squared.mean()), exact, float((squared.mean() - exact) / mean_stderr(squared))
