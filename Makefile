@@ -6,8 +6,7 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python -m experiments.quickstart
 
-test: .venv/.installed-test
-	$(BIN)/ruff check .
+test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/.installed-test
@@ -36,6 +35,7 @@ test-kernels: .venv/.installed-test
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # Quiet machine, please: nothing else should run beside a timing.
 bench: .venv/.installed

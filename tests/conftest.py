@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "agg")
+# Before numpy loads: threads of BLAS that share their cores with other workers wait for each other,
+# which turns seconds into minutes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 

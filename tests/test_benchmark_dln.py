@@ -104,6 +104,7 @@ def test_unknown_names_are_explained(tmp_path, change, message):
 # --- how local the estimate is ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stiffness_is_a_bound_at_the_anchor():
     net = deep_linear.svd_truncated(jax.random.key(3), (6, 4, 5))
     flat, unravel = jax.flatten_util.ravel_pytree(net.params)

@@ -143,6 +143,7 @@ def test_elapsed_waits_for_the_result_and_subtracts():
     assert text.startswith("2.000")
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_the_arguments():
     problem = programs.regression(**TINY)
     mesh = parallel.make_mesh(2, 2)
@@ -196,6 +197,7 @@ def scaled_squares(params, batch):
     return 0.5 * jnp.sum(batch * params["x"][None] ** 2, axis=-1)
 
 
+@pytest.mark.slow
 def test_power_iteration_finds_the_ends_it_would_and_counts_its_products():
     spectrum = jnp.asarray([[-9.0, 6.0, 3.0, 1.0, 0.5, 0.0]])
     params = {"x": jnp.zeros(6)}

@@ -40,7 +40,14 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module", params=TINY)
+# One of them in the fast suite, so that a broken import or signature is seen.
+@pytest.fixture(
+    scope="module",
+    params=[
+        "quadratic",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in TINY if k != "quadratic"),
+    ],
+)
 def problem(request):
     return TINY[request.param]()
 
@@ -74,11 +81,13 @@ def test_losses_are_per_example_and_checked(problem):
         compare_worker.check_agreement(problem.stored, np.full_like(found, np.nan))
 
 
+@pytest.mark.slow
 def test_the_anchor_of_a_deep_linear_net_is_a_true_parameter():
     loss_fn, params, data = compare_problems.of_stored(TINY["deep_linear"]().stored)
     assert np.max(loss_fn(params, data)) < 1e-8
 
 
+@pytest.mark.slow
 def test_the_regression_loss_is_that_of_the_library():
     stored = TINY["regression"]().stored
     loss_fn, params, data = compare_problems.of_stored(stored)
@@ -126,6 +135,7 @@ def test_training_lowers_the_loss():
     assert float(np.mean(loss_fn(params, data))) < 0.95 * math.log(11)
 
 
+@pytest.mark.slow
 def test_the_exact_quadratic_value_is_sampled():
     problem = compare_problems.quadratic(20, 4000, 400)
     loss_fn, params, data = compare_problems.of_stored(problem.stored)

@@ -267,6 +267,7 @@ def no_panels(monkeypatch):
     monkeypatch.setattr(compare_reference, "figure", lambda curves: Figure())
 
 
+@pytest.mark.slow
 def test_planted_deviations_are_found_in_every_column(run, no_stages):
     table, text = outcome(dataclasses.replace(run, last_step=10_000))
     assert list(table.quantity.unique()) == list(BANDS)
@@ -296,6 +297,7 @@ def test_the_summary_counts_what_lies_in_its_range():
     assert compare_reference.summary(table, 10, 30).splitlines()[-1] == part
 
 
+@pytest.mark.slow
 def test_quiet_sequences_are_held_beside_what_was_recorded_on_such(run, no_stages, no_panels):
     quiet = ["loss, quiet sequences", "mean squared prediction"]
     quiet += [name for name in BANDS if name.startswith(("loss, inputs", "loss, tasks"))]
@@ -318,6 +320,7 @@ def test_quiet_sequences_are_held_beside_what_was_recorded_on_such(run, no_stage
         compare_reference.run(dataclasses.replace(run, quiet_name="nowhere"))
 
 
+@pytest.mark.slow
 def test_boundaries_are_those_of_each_curve(run, no_panels):
     root = compare_reference.pathlib.Path(run.workdir)
     bump = 50 * np.exp(-((np.log1p(STEPS) - np.log1p(1000)) ** 2) / 2)
@@ -360,6 +363,7 @@ def test_folders_without_what_it_takes_are_refused(run, tmp_path):
 # --- behaviour at another noise ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_behavior_at_another_noise_is_a_measurement_of_its_own(tmp_path):
     trained = dataclasses.replace(train_regression.PRESETS["smoke"], workdir=str(tmp_path))
     model, task = train_regression.setting(trained)

@@ -193,7 +193,7 @@ def test_lanczos_reconstructs_the_matrix(name, k):
     assert np.linalg.norm(rest[:, rank - 1]) == pytest.approx(run.residual, abs=5e-6 * size)
     if k >= 30:  # every eigenvalue, as often as it occurs
         ritz = ritz_values(run)
-        assert ritz.count == 30
+        assert ritz.num_values == 30
         np.testing.assert_allclose(ritz.values[:30], np.sort(h), atol=5e-6 * size)
 
 

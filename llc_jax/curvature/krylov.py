@@ -85,7 +85,7 @@ def tridiagonals(rng_key, operator, layout, sizes) -> tuple[Tridiagonal | None, 
     return deflated, map_in_batches(one, jnp.arange(sizes.num_probes), sizes.probe_batch)
 
 
-def _run(rng_key, product, project, layout, num_iterations) -> tuple[Tridiagonal, jax.Array]:
+def _run(rng_key, product, project, layout, num_iterations) -> tuple[Tridiagonal, Any]:
     """Lanczos from projected random normals; iteration i draws with `fold_in(rng_key, i)`."""
 
     def draw(i):

@@ -14,6 +14,8 @@ import numpy as np
 
 from llc_jax.trees import norm, vdot, widest
 
+Array = jax.Array | np.ndarray
+
 
 class Tridiagonal(NamedTuple):
     """T, and how far it goes. Leading axes may precede [k].
@@ -26,33 +28,36 @@ class Tridiagonal(NamedTuple):
         reorthogonalisation always true.
     """
 
-    diagonal: jax.Array
-    couplings: jax.Array
-    residual: jax.Array
-    valid: jax.Array
+    diagonal: Array
+    couplings: Array
+    residual: Array
+    valid: Array
 
     def times(self, factor: jax.Array | float) -> "Tridiagonal":
         """Returns T of the map times `factor` >= 0, a scalar, in the dtype of T."""
-        scaled = (jnp.asarray(factor, x.dtype) * x for x in self[:3])
-        return Tridiagonal(*scaled, self.valid)
+        factor = jnp.asarray(factor, self.diagonal.dtype)
+        return Tridiagonal(
+            factor * self.diagonal, factor * self.couplings, factor * self.residual, self.valid
+        )
 
 
 class RitzValues(NamedTuple):
     """Eigenvalues of T, in increasing order. Leading axes may precede [k].
 
     Attributes:
-      values: [k]; past `count` they repeat the first diagonal entry, a value within the spectrum.
+      values: [k]; past `num_values` they repeat the first diagonal entry, a value within the
+        spectrum.
       weights: [k] squared first entries of the eigenvectors: the quadrature of the start; sum 1.
         With several `rows`, the sum over them.
       residuals: [k] |A q - θ q| of each Ritz pair: an eigenvalue of A lies within, but for
         rounding.
-      count: how many values there are; below k if the space was exhausted.
+      num_values: how many values there are; below k if the space was exhausted.
     """
 
-    values: jax.Array
-    weights: jax.Array
-    residuals: jax.Array
-    count: jax.Array
+    values: Array
+    weights: Array
+    residuals: Array
+    num_values: Array
 
 
 def lanczos(
@@ -98,12 +103,14 @@ def lanczos(
         start = (jnp.zeros((num_iterations, zero.size), zero.dtype), none, zero)
     else:
         start = (zero, none, draw(jnp.zeros((), int)))
-    (memory, scale, rest), rows = jax.lax.scan(iteration, start, jnp.arange(num_iterations))
+    (memory, scale, rest), (diagonal, couplings, valid) = jax.lax.scan(
+        iteration, start, jnp.arange(num_iterations)
+    )
     if not reorthogonalize:
-        return Tridiagonal(*rows[:2], norm(rest), rows[2]), None
+        return Tridiagonal(diagonal, couplings, norm(rest), valid), None
     left = norm(_orthogonal(rest, memory))
     residual = jnp.where(left <= _rounding(10, zero) * scale, 0.0, left)
-    return Tridiagonal(*rows[:2], residual, rows[2]), memory
+    return Tridiagonal(diagonal, couplings, residual, valid), memory
 
 
 def _full_step(product, draw, i, basis, scale, rest):
@@ -160,14 +167,14 @@ def ritz_values(tridiagonal: Tridiagonal, rows: int = 1) -> RitzValues:
     identity = _identity(xp, diagonal).astype(diagonal.dtype)
     values, vectors = xp.linalg.eigh(xp.where(finite[..., None, None], matrix, identity))
     values = xp.where(finite[..., None], values, xp.nan)
-    count = xp.sum(t.valid, axis=-1)
-    places = xp.arange(diagonal.shape[-1]).reshape(*(1,) * count.ndim, -1)
-    exists = places < count[..., None]
+    num_values = xp.sum(t.valid, axis=-1)
+    places = xp.arange(diagonal.shape[-1]).reshape(*(1,) * num_values.ndim, -1)
+    exists = places < num_values[..., None]
     return RitzValues(
         values=xp.where(exists, values, t.diagonal[..., :1]),
         weights=xp.where(exists, (vectors[..., :rows, :] ** 2).sum(-2), 0.0),
         residuals=t.residual[..., None] * xp.abs(vectors[..., -1, :]),
-        count=count,
+        num_values=num_values,
     )
 
 
@@ -186,8 +193,8 @@ def _precise(tridiagonal: Tridiagonal) -> tuple[Any, Tridiagonal]:
     """(numpy, T in float64), or (jax.numpy, T) while tracing."""
     if isinstance(tridiagonal.diagonal, jax.core.Tracer):
         return jnp, tridiagonal
-    numbers = (np.asarray(x, np.float64) for x in tridiagonal[:3])
-    return np, Tridiagonal(*numbers, np.asarray(tridiagonal.valid))
+    diagonal, couplings, residual = (np.asarray(x, np.float64) for x in tridiagonal[:3])
+    return np, Tridiagonal(diagonal, couplings, residual, np.asarray(tridiagonal.valid))
 
 
 def _dense(xp, diagonal, couplings) -> tuple[Any, Any]:

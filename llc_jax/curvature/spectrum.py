@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llc_jax.curvature.lanczos import RitzValues, Tridiagonal, ritz_values
+from llc_jax.curvature.lanczos import Array, RitzValues, Tridiagonal, ritz_values
 from llc_jax.inputs import checks
 
 
@@ -65,16 +65,16 @@ class SpectralDensity(NamedTuple):
     Attributes:
       nodes: [P, k] Ritz values; those of the deflated part first, the same for every start.
       weights: [P, k] their share of the eigenvalues; the sum over k is 1.
-      size: d, number of weights.
+      size: d, number of weights; an array where a traced mask decides.
       grid: [G] where the smooth density is given.
       density: [G] mean over starts, per unit of eigenvalue; its integral is 1.
     """
 
-    nodes: jax.Array
-    weights: jax.Array
-    size: jax.Array
-    grid: jax.Array
-    density: jax.Array
+    nodes: Array
+    weights: Array
+    size: Array | int
+    grid: Array
+    density: Array
 
     def trace_of(self, function: Callable[[Any], Any]) -> ProbeMean:
         """Estimates tr f(H) for an elementwise `function` f of the eigenvalues.
@@ -100,7 +100,7 @@ class SpectralDensity(NamedTuple):
 def combine(
     deflated: Tridiagonal | None,
     probes: Tridiagonal,
-    size: jax.Array | int,
+    size: Array | int,
     num_deflated: int,
     num_points: int = 2,
     width: float | None = None,
@@ -142,20 +142,20 @@ def ends(ritz: RitzValues, number: int) -> Eigenvalues:
     xp = _namespace(ritz.values)
 
     def choose(order):
-        exists = (order >= 0) & (order < ritz.count)
+        exists = (order >= 0) & (order < ritz.num_values)
         order = xp.clip(order, 0, ritz.values.size - 1)
         return (xp.where(exists, x[order], xp.nan) for x in (ritz.values, ritz.residuals))
 
-    largest, largest_residuals = choose(ritz.count - 1 - xp.arange(number))
+    largest, largest_residuals = choose(ritz.num_values - 1 - xp.arange(number))
     smallest, smallest_residuals = choose(xp.arange(number))
     return Eigenvalues(largest, smallest, largest_residuals, smallest_residuals)
 
 
-def mean(values: jax.Array) -> ProbeMean:
+def mean(values: Array) -> ProbeMean:
     """The mean of [P] independent values and its standard error."""
     xp = _namespace(values)
-    values = values if xp is jnp else np.asarray(values, np.float64)
-    return ProbeMean(values.mean(), values.std(ddof=1) / math.sqrt(values.size))
+    precise = values if xp is jnp else np.asarray(values, np.float64)
+    return ProbeMean(precise.mean(), precise.std(ddof=1) / math.sqrt(values.size))
 
 
 def check_temperature(nbeta: float, localization: float) -> None:

@@ -54,9 +54,13 @@ class _Boundary(NamedTuple):
     """A boundary and the ends of its interval as grid indices, and its probability."""
 
     low: int
-    index: int
+    place: int
     high: int
     confidence: float
+
+    def interval(self, grid: np.ndarray) -> tuple[int, int]:
+        """The steps at `low` and `high`."""
+        return int(grid[self.low]), int(grid[self.high])
 
 
 def find_stages(
@@ -225,7 +229,7 @@ def _probable_boundaries(
         if found[worst].confidence < confidence:
             movements.remove(min(pairs[worst], key=lambda index: abs(mean[index])))
             continue
-        cuts = grid[[0, *(boundary.index for boundary in found), -1]]
+        cuts = grid[[0, *(boundary.place for boundary in found), -1]]
         unseen = [
             index for index, start, end in zip(movements, cuts[:-1], cuts[1:], strict=True)
             if not _seen(points.steps, points.values, start, end, np.sign(mean[index]))
@@ -262,9 +266,9 @@ def _boundary(
     if not shown.any():
         return _Boundary(before, before, before, 0.0)
     places = before + 1 + np.argmin(np.abs(samples[shown, inside]), axis=1)
-    low, index, high = np.quantile(places, [0.16, 0.5, 0.84], method="nearest").tolist()
+    low, place, high = np.quantile(places, [0.16, 0.5, 0.84], method="nearest").tolist()
     # A zero lies anywhere within one grid step of the grid point where |slope| is least.
-    return _Boundary(low - 1, index, high + 1, float(shown.mean()))
+    return _Boundary(low - 1, place, high + 1, float(shown.mean()))
 
 
 def _stages(
@@ -273,7 +277,7 @@ def _stages(
     """Measures the stretches of the curve between boundaries."""
     last = grid.size - 1
     ends = [*boundaries, _Boundary(last, last, last, float("nan"))]
-    cuts = grid[[0, *(end.index for end in ends)]]
+    cuts = grid[[0, *(end.place for end in ends)]]
     u = np.log1p(cuts)
     mean, cov = posterior.curve(u)
     delta = np.diff(mean)
@@ -281,12 +285,9 @@ def _stages(
     stderr = np.sqrt(np.maximum(variance, 0.0))
     clear = np.abs(delta) > statistics.NormalDist().inv_cdf(0.5 + 0.5 * confidence) * stderr
     kind = np.where(clear, np.where(delta > 0, "rise", "fall"), "flat")
-    rows = zip(cuts[:-1], cuts[1:], kind, delta, stderr, delta / np.diff(u), strict=True)
+    columns = (cuts[:-1], cuts[1:], kind, delta, stderr, delta / np.diff(u))
+    rows = zip(*(column.tolist() for column in columns), ends, strict=True)
     return [
-        Stage(
-            *(value.item() for value in row),
-            confidence=end.confidence,
-            end_interval=(int(grid[end.low]), int(grid[end.high])),
-        )
-        for row, end in zip(rows, ends, strict=True)
+        Stage(start, stop, word, change, error, slope, end.confidence, end.interval(grid))
+        for start, stop, word, change, error, slope, end in rows
     ]
