@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from experiments import cli, dln_summary, workdir
-from experiments.calibrate_sgld import numbers
 from experiments.cli import option
+from experiments.presets import Presets
+from experiments.workdir import numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +47,7 @@ class Config:
     batch_size: int = option(500, "Samples per minibatch.")
 
 
-def preset(class_name: str, **changes: Any) -> Config:
-    """The benchmark of one class."""
-    return Config(
-        workdir=f"runs/dln-{class_name}", preset=class_name, class_name=class_name, **changes
-    )
-
-
-# Draws of λ̂ vary less, relative to it, the larger it is: a shorter grid tells as much.
-LARGE = {"num_chains": 2, "num_draws": 1000, "nbeta_factors": "1"}
-
-PRESETS = {
-    "smoke": dataclasses.replace(
-        preset("1K", num_networks=1, num_draws=100, num_burnin=100),
-        workdir="runs/dln-smoke", preset="smoke",
-    ),
-    "1K": preset("1K"),
-    "10K": preset("10K"),
-    "100K": preset("100K", num_networks=6, **LARGE),
-    "1M": preset("1M", num_networks=2, **LARGE),
-}  # fmt: skip
+PRESETS = Presets("benchmark_dln", Config)
 
 # One step size per sampler as a fraction of 1/Λ: small where the step biases the law.
 STEP_FRACTION = {"BAOAB": 0.4, "SGNHT": 0.4, "SGLD": 0.1, "MALA": 0.1}
@@ -94,19 +76,9 @@ def sampler_named(name: str):
 
 def network(config: Config, index: int):
     """The network of this number, and the key of its chains."""
-    import jax
+    from llc_jax.problems.deep_linear.problem import network
 
-    from llc_jax.problems.deep_linear import model as deep_linear
-
-    key = jax.random.fold_in(jax.random.key(config.seed), index)
-    shape_key, weight_key, chain_key = jax.random.split(key, 3)
-    widths, rank = deep_linear.random_architecture(shape_key, config.class_name)
-    makers = {
-        "aligned": lambda: deep_linear.aligned(weight_key, widths, rank),
-        "svd_truncated": lambda: deep_linear.svd_truncated(weight_key, widths),
-        "zeroed": lambda: deep_linear.zeroed(weight_key, widths),
-    }
-    return widths, makers[config.generator](), chain_key
+    return network(config.seed, index, config.class_name, config.generator)
 
 
 def measure(config: Config, name: str, index: int) -> dict[str, Any]:
@@ -194,6 +166,7 @@ def run(config: Config, phase: str = "dln") -> None:
 
     # Each network has shapes of its own: nothing compiled for one is of use to another.
     jax.config.update("jax_enable_compilation_cache", False)
+    from experiments.run import over_records
     from llc_jax.figures.base import png
     from llc_jax.storage.files import write_atomic
 
@@ -204,30 +177,20 @@ def run(config: Config, phase: str = "dln") -> None:
     for name, known in (("generator", GENERATORS), ("loss", LOSSES)):
         if getattr(config, name) not in known:
             raise ValueError(f"{name}={getattr(config, name)!r}: choose from {', '.join(known)}.")
-    growing = ("samplers", "num_networks", "first_network")
+    indices = range(config.first_network, config.first_network + config.num_networks)
+    work = [({"sampler": name, "network": index}, None) for index in indices for name in names]
+
+    def one(head, _):
+        record = measure(config, head["sampler"], head["network"])
+        jax.clear_caches()
+        truth = record["exact"] or record["aoyagi"]
+        text = f" {head['sampler']}: {record['llc']:.4g} ± {record['stderr']:.2g}, true {truth:g}"
+        return record, text
+
     with workdir.lock(folder, "dln"):
-        identity = cli.identity(config, growing)
-        line = cli.command("benchmark_dln", config.preset, config, PRESETS[config.preset])
-        workdir.check(folder / "config.json", identity)
-        path = folder / "records.jsonl"
-        workdir.rewind_torn_line(path)
-        done = {(r["sampler"], r["network"]) for r in workdir.read_jsonl(path)}
-        indices = range(config.first_network, config.first_network + config.num_networks)
-        todo = [(n, i) for i in indices for n in names if (n, i) not in done]
-
-        def records():
-            for count, (name, index) in enumerate(todo, 1):
-                record = measure(config, name, index)
-                jax.clear_caches()
-                workdir.settle(folder / "config.json", identity, {"command": line})
-                workdir.append_jsonl(path, record)
-                truth = record["exact"] or record["aoyagi"]
-                postfix = f" {name}: {record['llc']:.4g} ± {record['stderr']:.2g}, true {truth:g}"
-                yield count, postfix, record
-
-        for _ in cli.progress(records(), phase, len(todo), "networks"):
-            pass
-        found = workdir.read_jsonl(path)
+        identity = cli.identity(config, ("samplers", "num_networks", "first_network"))
+        line = cli.command(config, PRESETS)
+        found = over_records(phase, folder, identity, line, work, one, "networks")
         rows = dln_summary.summary(found)
         write_atomic(folder / "records.csv", workdir.csv_text(found))
         write_atomic(folder / "summary.csv", workdir.csv_text(rows))

@@ -12,9 +12,39 @@ from typing import Any
 import tqdm
 
 
-def option(default: Any, help: str) -> Any:
-    """Declares a Config field: its default lives here and nowhere else."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, added: bool = False) -> Any:
+    """Declares a Config field: its default lives here and nowhere else.
+
+    Args:
+      default: of the flag.
+      help: for the flag.
+      added: the flag came later: results begun before go on where it has its default.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "added": added})
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Flags of experiments on a workdir."""
+
+    workdir: str = option("runs/quickstart", "Folder of the run.")
+    preset: str = option("quickstart", "Name of the preset.")
+    problem: str = option(
+        "", "path/to/mine.py with a PROBLEM of yours, or one of ours: regression, language,"
+        " deep_linear; empty: what the workdir was trained on."
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Flags of experiments that run chains."""
+
+    sampler: str = option(
+        "SGLD", "Sampler of llc_jax.samplers, or path/to/mine.py:ClassName.", added=True
+    )
+    sampler_options: str = option(
+        "", "Its hyperparameters but step_size, such as friction=10,decay=0.9.", added=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,22 +57,28 @@ class Pod:
     process_id: int = option(0, "This process, from 0, with --coordinator.")
 
 
-def command(module: str, preset: str, config: Any, base: Any) -> str:
-    """The command that reproduces `config`: the preset and every flag that departs from it."""
-    words = ["python", "-m", f"experiments.{module}", f"--preset={preset}"]
+def command(config: Any, presets: Any) -> str:
+    """The command that reproduces `config`: the preset and every flag that departs from it.
+
+    Args:
+      config: of the run.
+      presets: `presets.Presets` of the experiment.
+    """
+    base, words = presets.base(config), ["python", "-m", f"experiments.{presets.experiment}"]
+    words.append(f"--preset={config.preset}")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in NOT_PART_OF_A_RESULT and field.name != "workdir":
+        if field.name in NOT_PART_OF_A_RESULT and field.name not in ("workdir", "problem"):
             continue
-        if value != getattr(base, field.name):
+        if value != getattr(base, field.name) or (field.name == "problem" and value):
             words.append(f"--{field.name}={value}")
     return shlex.join(words)
 
 
 # Where and on what a run happens, as against what it computes.
 NOT_PART_OF_A_RESULT = frozenset(
-    ("workdir", "preset", "shard_checkpoints", "multihost", "coordinator", "num_processes",
-     "process_id")
+    ("workdir", "preset", "problem", "shard_checkpoints", "multihost", "coordinator",
+     "num_processes", "process_id")
 )  # fmt: skip
 
 
@@ -53,14 +89,19 @@ EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError, ModuleNotFoundEr
 def identity(config: Any, without: Iterable[str] = ()) -> dict[str, Any]:
     """The part of a Config that determines the result, further fields left out."""
     left_out = NOT_PART_OF_A_RESULT.union(without)
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
+    same = {
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata["added"] and getattr(config, field.name) == field.default
+    }
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out | same}
 
 
-def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "quickstart") -> None:
+def main(presets: Any, run: Callable[[Any], None], default: str = "quickstart") -> None:
     """Parses flags, starts devices and runs an experiment; exits 0 only when it is done.
 
     Args:
-      presets: name -> Config; the fields of the Config are the flags.
+      presets: `presets.Presets` of the experiment; the fields of its Config are the flags.
       run: the experiment.
       default: preset used when none is named.
     """
@@ -69,7 +110,8 @@ def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "qu
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     fields = dataclasses.fields(next(iter(presets.values())))
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-    flags.DEFINE_enum("preset", default, sorted(presets), "Where the other flags' defaults are.")
+    names = ", ".join(sorted(presets))
+    flags.DEFINE_string("preset", default, f"Where the other flags' defaults are: {names}.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
     for field in fields:
         if field.name != "preset":
@@ -81,7 +123,11 @@ def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "qu
         given = {f.name: getattr(flags.FLAGS, f.name) for f in fields}
         given = {name: value for name, value in given.items() if value is not None}
         try:
-            config = dataclasses.replace(presets[flags.FLAGS.preset], **given)
+            name = given.get("problem", "")
+            table = presets.of(name) if stands_alone(name) else presets
+            if (preset := flags.FLAGS.preset) not in table:
+                raise ValueError(f"preset={preset!r}: choose from {', '.join(sorted(table))}.")
+            config = dataclasses.replace(table[preset], **given)
             start_devices(config)
             run(config)
         except (Exception, KeyboardInterrupt) as error:
@@ -99,6 +145,11 @@ def main(presets: dict[str, Any], run: Callable[[Any], None], default: str = "qu
             sys.exit(1)
 
     app.run(start)
+
+
+def stands_alone(problem: str) -> bool:
+    """Whether a problem is none of those that a workdir is trained on: it brings its presets."""
+    return problem == "deep_linear" or problem.endswith(".py") or os.sep in problem
 
 
 def leave_at_once(last_words: str = "") -> None:

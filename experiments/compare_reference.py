@@ -22,8 +22,9 @@ import pathlib
 
 import numpy as np
 
-from experiments import cli, reference_curves, train_regression
+from experiments import cli, reference_curves
 from experiments.cli import option
+from experiments.presets import Presets
 from experiments.reference_curves import QUANTITIES
 
 
@@ -43,10 +44,7 @@ class Config:
     last_step: int = option(0, "Where a second table of the summary ends; 0 for no such table.")
 
 
-PRESETS = {
-    name: Config(workdir=training.workdir, preset=name)
-    for name, training in train_regression.PRESETS.items()
-}
+PRESETS = Presets("compare_reference", Config)
 
 STAGED = ("LLC", "Hessian trace", "largest eigenvalue")
 LOG = {

@@ -11,48 +11,28 @@ import pathlib
 
 from experiments import cli, estimate_llc, workdir
 from experiments.cli import option
+from experiments.presets import Presets
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Run):
     """Settings of the stage finder."""
 
-    workdir: str = option("runs/quickstart", "Folder of the training run.")
-    preset: str = option("quickstart", "Name of the preset.")
     name: str = option("llc", "Folder of the estimates within the workdir.")
     kernel: str = option("fitted", "Smoother: fitted, or the published fixed kernel.")
     confidence: float = option(0.95, "Least probability of a boundary.")
 
 
-def smoke() -> Config:
-    """For the smoke run."""
-    return Config(workdir="runs/smoke", preset="smoke")
-
-
-def quickstart() -> Config:
-    """For the quickstart run."""
-    return Config()
-
-
-def small() -> Config:
-    """For the small run."""
-    return Config(workdir="runs/small", preset="small")
-
-
-def paper() -> Config:
-    """For the published run."""
-    return Config(workdir="runs/paper", preset="paper")
-
-
-PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
+PRESETS = Presets("find_stages", Config)
 # What the boundaries follow from.
 SOURCES = tuple(sorted(pathlib.Path(__file__).parents[1].glob("llc_jax/stages/*.py")))
 
 
 def run(config: Config, phase: str = "stages") -> None:
     """Finds the stages, unless `stages.json` is up to date with estimates, settings and code."""
+    from experiments.run import commit, is_fresh
     from llc_jax.stages.boundaries import find_plateaus, find_stages
-    from llc_jax.storage.files import digest, read_json, write_json
+    from llc_jax.storage.files import digest, read_json
     from llc_jax.storage.results import finished_steps, load_sweep, result_path
 
     folder = estimate_llc.results_folder(config)
@@ -62,22 +42,16 @@ def run(config: Config, phase: str = "stages") -> None:
         "inputs": digest(result_path(folder, s) for s in finished_steps(folder)),
         "sources": digest(SOURCES),
     }
-    if path.exists():
-        old = read_json(path)
-        if known.items() <= old.items():
-            cli.say(f"{phase}: {_describe(old['stages'])} (up to date)")
-            return
+    if is_fresh(path, known):
+        cli.say(f"{phase}: {_describe(read_json(path)['stages'])} (up to date)")
+        return
     sweep = load_sweep(folder)
     curve = (sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values)
     options = {"kernel": config.kernel, "confidence": config.confidence}
     stages = [workdir.plain(stage._asdict()) for stage in find_stages(*curve, **options)]
-    content = known | {
-        "command": cli.command("find_stages", config.preset, config, PRESETS[config.preset]),
-        "versions": workdir.versions(),
-        "stages": stages,
-        "plateaus": find_plateaus(*curve, **options),
-    }
-    write_json(path, content)
+    plateaus = find_plateaus(*curve, **options)
+    command = cli.command(config, PRESETS)
+    commit(path, known, {}, command=command, stages=stages, plateaus=plateaus)
     cli.say(f"{phase}: {_describe(stages)}")
 
 

@@ -16,8 +16,9 @@ import pathlib
 import numpy as np
 
 from experiments import cli, workdir
-from experiments.calibrate_sgld import numbers
 from experiments.cli import option
+from experiments.presets import Presets
+from experiments.workdir import numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,7 @@ class Config:
     thinning: int = option(4, "Steps per draw.")
 
 
-PRESETS = {
-    "smoke": Config(
-        workdir="runs/locality-smoke", preset="smoke", networks="4", localizations="3,30000",
-        num_draws=200, num_burnin=100,
-    ),
-    "two": Config(),
-}  # fmt: skip
+PRESETS = Presets("locality", Config)
 
 
 def stiffness(params, nbeta: float, localization: float) -> float:
@@ -131,8 +126,8 @@ def run(config: Config, phase: str = "locality") -> None:
     indices = [int(number) for number in numbers(config.networks)]
     with workdir.lock(folder, "locality"):
         rows = [row for index in indices for row in measure(config, index)]
-        line = cli.command("locality", config.preset, config, PRESETS[config.preset])
-        workdir.settle(folder / "config.json", cli.identity(config), {"command": line})
+        facts = {"command": cli.command(config, PRESETS)}
+        workdir.settle(folder / "config.json", cli.identity(config), facts=facts)
         write_atomic(folder / "locality.csv", workdir.csv_text(rows))
         write_atomic(folder / "locality.png", png(figure(rows)))
     for r in rows:

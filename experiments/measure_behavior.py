@@ -3,9 +3,10 @@
     python -m experiments.measure_behavior --preset=quickstart --workdir=runs/quickstart
 
 Losses per example, in-context learning, shrinkage to the mean of the task prior, distance to known
-predictors, sequences out of distribution; attention of every head, embeddings, layer norms. The
-same command starts, continues or does nothing: one file per checkpoint in `behavior/`, and
-`behavior.csv` and `attention.csv` at the end. Two cores: `quickstart` seconds.
+predictors, sequences out of distribution; attention of every head, embeddings, layer norms; of a
+problem of yours (`--problem=path/to/mine.py`) its metrics. The same command starts, continues or
+does nothing: one file per checkpoint in `behavior/`, and `behavior.csv` and `attention.csv` at the
+end. Two cores: `quickstart` seconds.
 `--noise_variance=0.015625 --name=behavior-quiet` measures on quieter sequences, which are the same
 but for the size of their noise; their known predictors are those of that noise.
 Expected: predictions first shrink to the mean of the prior (zero), then errors of late examples
@@ -13,19 +14,22 @@ fall below those of early ones.
 """
 
 import dataclasses
+import pathlib
+from typing import Any
 
-from experiments import cli, estimate_llc, measuring, train_regression
+from experiments import cli, estimate_llc
 from experiments.cli import option
+from experiments.presets import Presets
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of the measurement."""
+class Config(cli.Run):
+    """Settings of the measurement; of a problem of yours all but the first few do not matter."""
 
-    workdir: str = option("runs/quickstart", "Folder of the training run.")
-    preset: str = option("quickstart", "Name of the preset.")
     name: str = option("behavior", "Folder of the results within the workdir.")
-    noise_variance: float = option(0.0, "Variance of the label noise; 0 for that of the run.")
+    noise_variance: float = option(
+        0.0, "Variance of the label noise; 0 for that of the run.", added=True
+    )
     seed: int = option(2000, "Seed of the sequences; fresh ones of the training task.")
     num_sequences: int = option(1024, "Sequences of the training task.")
     num_far: int = option(256, "Sequences out of distribution, of each kind.")
@@ -33,102 +37,64 @@ class Config:
     checkpoint_batch: int = option(2, "Checkpoints at once, over the devices; bounds memory.")
 
 
-def smoke() -> Config:
-    """Seconds."""
-    return Config(
-        workdir="runs/smoke", preset="smoke", num_sequences=64, num_far=32, num_attention=32
-    )
+PRESETS = Presets("measure_behavior", Config)
 
 
-def quickstart() -> Config:
-    """Seconds."""
-    return Config()
-
-
-def small() -> Config:
-    """A minute."""
-    return Config(
-        workdir="runs/small", preset="small", num_sequences=8192, num_far=1024, num_attention=1024
-    )
-
-
-def paper() -> Config:
-    """For the published run: some minutes for 191 checkpoints."""
-    return dataclasses.replace(small(), workdir="runs/paper", preset="paper")
-
-
-PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """Behaviour and structure of one checkpoint, for `llc_jax.checkpoint_map.map_checkpoints`."""
-
-    behavior: object
-    structure: object
-
-    def __call__(self, step, params, sequences, few, seen):
-        """Returns both dictionaries in one."""
-        return self.behavior(step, params, sequences, few) | self.structure(step, params, seen)
+def folder_of(config) -> pathlib.Path:
+    """Returns the folder of the results that figures and reports take."""
+    return pathlib.Path(config.workdir) / "behavior"
 
 
 def run(config: Config, phase: str = "behavior") -> None:
-    """Measures what is missing; see `experiments.measuring`."""
-    import jax
-
-    from llc_jax.checkpoint_map import map_checkpoints
-    from llc_jax.inputs import checks
-    from llc_jax.problems.regression import behavior as regression
-    from llc_jax.problems.regression import datasets, structure
-
-    for name in ("num_sequences", "num_far", "num_attention"):
-        checks.at_least(name, getattr(config, name), 1)
-    for name in ("num_far", "num_attention"):
-        if getattr(config, name) > config.num_sequences:
-            raise ValueError(
-                f"{name}={getattr(config, name)} is above num_sequences={config.num_sequences},"
-                " of which it takes the first."
-            )
-    folder, without = estimate_llc.results_folder(config), ["name"]
-    model, task = train_regression.setting(train_regression.load_config(config.workdir))
-    if not config.noise_variance:
-        without.append("noise_variance")  # folders begun before there was this flag go on
-    elif folder == measuring.folder_of(config):
+    """Measures what is missing; see `experiments.run`."""
+    folder = estimate_llc.results_folder(config)
+    if config.noise_variance and folder == folder_of(config):
         raise ValueError(
             f"noise_variance={config.noise_variance} with name={config.name}: figures and reports"
             " take that folder for the noise of the run; give another --name, such as"
             f" {config.name}-quiet."
         )
-    else:
-        task = dataclasses.replace(task, noise_variance=config.noise_variance)
+    measure(config, phase, folder, PRESETS, ["name"])
 
-    def measure(kept, steps):
-        sequences = regression.evaluation_set(
-            jax.random.key(config.seed), task, config.num_sequences
-        )
-        few, seen = (
-            {name: x[:count] for name, x in sequences.items()}
-            for count in (config.num_far, config.num_attention)
-        )
-        measured = map_checkpoints(
-            Measure(regression.Behavior(model), structure.Structure(model)),
-            ((step, kept.restore_params(step)) for step in steps),
-            sequences, few, {name: seen[name] for name in ("x", "y")},
-            checkpoint_batch=config.checkpoint_batch,
-        )  # fmt: skip
 
-        def named(step, found):
-            params = kept.restore_params(step)
-            found |= structure.embeddings(params)
-            names = structure.layer_norm_names(params)
-            return step, datasets.dataset(found, regression.GAINS, names), found["mean_loss"]
+def measure(
+    config: Any, phase: str, folder: pathlib.Path, presets: Presets, without: list[str]
+) -> None:
+    """Measures what the problem of a config says, into a folder.
 
-        return (named(*one) for one in measured)
+    Args:
+      config: of this experiment or another.
+      phase: for the progress line.
+      folder: of the results.
+      presets: of the experiment.
+      without: flags that do not change what is measured, beside those that bound memory.
+    """
+    from experiments import problems
+    from experiments.run import Sweep, over_checkpoints
 
-    tables = {"behavior.csv": datasets.behavior_table, "attention.csv": datasets.attention_table}
-    measuring.run(
-        config, phase, "measure_behavior", PRESETS, measure, tables, folder=folder, without=without
-    )
+    problem = problems.load(config)
+    checkpoints, measurement = problem.saved(), problem.measurement(config)
+    identity = measurement.identity
+    if identity is None:
+        identity = cli.identity(config, ["checkpoint_batch", *without])
+    sweep = Sweep(
+        folder, identity | problems.identity(config, problem),
+        lambda steps: (measurement.each(checkpoints, steps), {}),
+        cli.command(config, presets), measurement.tables,
+    )  # fmt: skip
+    over_checkpoints(config, phase, checkpoints, sweep)
+
+
+def metrics(config: Any) -> None:
+    """Measures the metrics of a problem that stands alone, if it has any; other flags are default.
+
+    Args:
+      config: of any experiment on a workdir.
+    """
+    from experiments import problems
+
+    if cli.stands_alone(config.problem) and problems.load(config).metrics:
+        run(Config(workdir=config.workdir, preset=config.preset, problem=config.problem), "metrics")
 
 
 if __name__ == "__main__":

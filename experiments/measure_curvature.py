@@ -4,74 +4,42 @@
 
 Trace, both ends of the spectrum, and the λ̂ that the quadratic form alone would have at the nβ and
 γ of the estimates, whose data set it takes too. The same command starts, continues or does nothing:
-one line of `llc/curvature/records.jsonl` per checkpoint; `curvature.csv` at the end.
+one file per checkpoint in `llc/curvature/`, `curvature.csv` at the end.
 Expected: λ̂ moves where these do not, and the other way round; the report draws them together.
 """
 
 import dataclasses
-import math
+import functools
 import pathlib
 
 import numpy as np
 
-from experiments import cli, estimate_llc, settings, workdir
+from experiments import cli, estimate_llc, workdir
 from experiments.cli import option
+from experiments.presets import Presets
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Run):
     """Settings of the measurement; nβ and γ are those of the estimates."""
 
-    workdir: str = option("runs/quickstart", "Folder of the training run.")
-    preset: str = option("quickstart", "Name of the preset.")
     name: str = option("llc", "Folder of the estimates within the workdir.")
     seed: int = option(0, "Seed of the probes.")
     checkpoints: str = option("", "Training steps to measure, with commas; empty for all.")
-    num_data: int = option(256, "Sequences: the first ones of the data set of the estimates.")
+    num_data: int = option(256, "Examples: the first ones of the data set of the estimates.")
     num_eigenvalues: int = option(3, "Eigenvalues of each end.")
     num_deflated: int = option(16, "Lanczos vectors that are treated exactly.")
     num_probes: int = option(6, "Random probes for what is left.")
     num_iterations: int = option(12, "Products per probe.")
     probe_batch: int = option(1, "Probes at once; bounds memory.")
-    micro_batch: int = option(0, "Sequences in memory at once; 0 for all, which is fastest.")
+    micro_batch: int = option(0, "Examples in memory at once; 0 for all, which is fastest.")
     checkpoint_batch: int = option(2, "Checkpoints at once, over the devices; bounds memory.")
-
-
-def smoke() -> Config:
-    """Seconds."""
-    return Config(workdir="runs/smoke", preset="smoke", num_data=64, num_probes=2, num_iterations=6)
-
-
-def quickstart() -> Config:
-    """Under a minute."""
-    return Config()
-
-
-def small() -> Config:
-    """A quarter of a minute a checkpoint on one core."""
-    return Config(workdir="runs/small", preset="small")
-
-
-def paper() -> Config:
-    """For the published run; wants an accelerator."""
-    return Config(
-        workdir="runs/paper", preset="paper", num_data=2**15, num_deflated=48, num_probes=16,
-        num_iterations=48, micro_batch=4096, checkpoint_batch=8,
-    )  # fmt: skip
-
-
-def language_small() -> Config:
-    """For `train_language --preset=small`; minutes a checkpoint on one core."""
-    return Config(
-        workdir="runs/language", preset="language_small", num_data=64, num_iterations=8,
-        num_probes=3, checkpoint_batch=1,
-    )  # fmt: skip
 
 
 # How much is done at once and where, as against what comes out.
 MEMORY = ("checkpoints", "probe_batch", "micro_batch", "checkpoint_batch")
 
-PRESETS = {p.__name__: p() for p in (smoke, quickstart, small, paper, language_small)}
+PRESETS = Presets("measure_curvature", Config)
 
 
 def folder_of(config: Config) -> pathlib.Path:
@@ -80,112 +48,117 @@ def folder_of(config: Config) -> pathlib.Path:
 
 
 def run(config: Config, phase: str = "curvature") -> None:
-    """Measures what is missing."""
+    """Measures what is missing; see `experiments.run`."""
     import jax
 
     import llc_jax
-    from llc_jax.storage.checkpoints import CheckpointDir
-    from llc_jax.storage.files import read_json, write_atomic
+    from experiments import problems
+    from experiments.run import Sweep, over_checkpoints
+    from llc_jax import losses
+    from llc_jax.inputs import checks
+    from llc_jax.storage.files import read_json
 
     folder, estimates = folder_of(config), estimate_llc.results_folder(config) / "config.json"
     if not estimates.exists():
         raise ValueError(f"{estimates} is missing: run experiments.estimate_llc on it first.")
-    sampled = read_json(estimates)
-    setting = settings.load(config.workdir)
-    kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
-    temperature = {
-        "nbeta": sampled["config"]["nbeta"] or llc_jax.default_nbeta(sampled["config"]["num_data"]),
-        "localization": sampled["config"]["localization"],
-    }
-    with workdir.lock(folder, "curvature"):
-        facts = {
-            "command": cli.command(
-                "measure_curvature", config.preset, config, PRESETS[config.preset]
-            ),
-            "data_sha256": sampled["data_sha256"],
-        }
-        identity = cli.identity(config, MEMORY) | temperature
-        path = folder / "records.jsonl"
-        workdir.rewind_torn_line(path)
-        done = {record["step"] for record in workdir.read_jsonl(path)}
-        steps = workdir.good_steps(kept, done)
-        steps = workdir.chosen(steps, config.checkpoints)
-        work = [step for step in steps if step not in done]
-        if not work:
-            workdir.settle(folder / "config.json", identity, facts)
-            cli.say(f"{phase}: all checkpoints are done")
-        else:
-            data, data_hash = settings.data_set(
-                config.workdir, sampled["config"]["num_data"], sampled["config"]["data_seed"]
+    record = read_json(estimates)
+    sampled, problem = record["config"], problems.load(config)
+    checkpoints = problem.saved()
+
+    @functools.cache
+    def data_set():
+        data, data_hash = problems.data_set(problem, sampled["num_data"], sampled["data_seed"])
+        if data_hash != record["data_sha256"]:
+            raise ValueError(
+                f"the data set has SHA-256 {data_hash}, the estimates had"
+                f" {record['data_sha256']}: another version of jax draws other numbers."
             )
-            if not 1 <= config.num_data <= sampled["config"]["num_data"]:
-                raise ValueError(
-                    f"num_data={config.num_data}: the data set of the estimates has"
-                    f" {sampled['config']['num_data']} sequences; give 1 to that many."
-                )
-            if data_hash != sampled["data_sha256"]:
-                raise ValueError(
-                    f"the data set has SHA-256 {data_hash}, the estimates had"
-                    f" {sampled['data_sha256']}: another version of jax draws other numbers."
-                )
-            measured = llc_jax.curvature_over_checkpoints(
-                jax.random.key(config.seed),
-                setting.loss_fn,
-                ((step, kept.restore_params(step)) for step in work),
-                jax.tree.map(lambda x: x[: config.num_data], data),
-                **temperature,
-                num_eigenvalues=config.num_eigenvalues,
-                num_deflated=config.num_deflated,
-                num_iterations=config.num_iterations,
-                num_probes=config.num_probes,
-                probe_batch=config.probe_batch,
-                micro_batch=config.micro_batch or None,
-                checkpoint_batch=config.checkpoint_batch,
-            )
+        return data
 
-            workdir.settle(folder / "config.json", identity, facts)
-            (folder / "curvature.csv").unlink(missing_ok=True)  # stale from the first record on
+    def start(steps):
+        measured = llc_jax.curvature_over_checkpoints(
+            jax.random.key(config.seed),
+            problem.loss_fn,
+            ((step, checkpoints[step]) for step in steps),
+            problem.first(data_set(), config.num_data, sampled["data_seed"]),
+            **temperature,
+            num_eigenvalues=config.num_eigenvalues,
+            num_deflated=config.num_deflated,
+            num_iterations=config.num_iterations,
+            num_probes=config.num_probes,
+            probe_batch=config.probe_batch,
+            micro_batch=config.micro_batch or None,
+            checkpoint_batch=config.checkpoint_batch,
+        )
+        each = ((s, dataset(found), f" step {s}: trace {found.trace:.4g}") for s, found in measured)
+        return each, {"data_sha256": record["data_sha256"]}
 
-            def finish():
-                for count, (step, found) in enumerate(measured, 1):
-                    workdir.append_jsonl(path, {"step": step, **found._asdict()})
-                    yield count, f" step {step}: trace {found.trace:.4g}", None
+    checks.at_least("num_data", config.num_data, 1)
+    nbeta = sampled["nbeta"] or llc_jax.default_nbeta(losses.num_examples(data_set()))
+    temperature = {"nbeta": nbeta, "localization": sampled["localization"]}
+    identity = cli.identity(config, MEMORY) | temperature | problems.identity(config, problem)
+    adopt_older(folder)
+    sweep = Sweep(folder, identity, start, cli.command(config, PRESETS), {"curvature.csv": table})
+    over_checkpoints(config, phase, checkpoints, sweep)
 
-            for _ in cli.progress(finish(), phase, len(work), "checkpoints"):
-                pass
-        out = folder / "curvature.csv"
-        if work or not out.exists():
-            write_atomic(out, table(load(folder)))
+
+def dataset(found):
+    """One `llc_jax.Curvature` as an `xarray.Dataset`."""
+    import xarray
+
+    end = ("largest", "largest_residuals", "smallest", "smallest_residuals")
+    return xarray.Dataset({
+        name: (("number",) * (name in end), np.asarray(value))
+        for name, value in found._asdict().items()
+    })  # fmt: skip
 
 
 def load(folder: pathlib.Path):
     """Reads the results back: {step: `llc_jax.Curvature`}, by step; empty if there are none."""
     from llc_jax import Curvature
+    from llc_jax.storage import results
 
-    records = workdir.read_jsonl(folder / "records.jsonl")
+    if (folder / "records.jsonl").exists():
+        raise ValueError(f"{folder} is of an older version: measure_curvature will convert it.")
+    if not results.finished_steps(folder):
+        return {}
+    whole = results.load(folder, "measure_curvature")
     return {
-        record.pop("step"): Curvature(
-            **{
-                k: np.asarray(v, float) if isinstance(v, list) else math.nan if v is None else v
-                for k, v in record.items()
-            }
-        )
-        for record in sorted(records, key=lambda record: record["step"])
-    }
+        int(step): Curvature(**{
+            name: x.values[i] if x.ndim > 1 else x.values[i].item()
+            for name, x in whole.data_vars.items()
+        })
+        for i, step in enumerate(whole.checkpoint.values)
+    }  # fmt: skip
 
 
-def table(measured) -> str:
-    """One line per checkpoint; the eigenvalues in columns of their own."""
-    rows = []
-    for step, found in measured.items():
-        row = {"step": step}
-        for name, value in found._asdict().items():
-            if isinstance(value, np.ndarray):
-                row |= {f"{name}_{i}": float(x) for i, x in enumerate(value, 1)}
-            else:
-                row[name] = value
-        rows.append(row)
-    return workdir.csv_text(rows)
+def adopt_older(folder: pathlib.Path) -> None:
+    """Converts the results of a version that kept them as lines of one file."""
+    from llc_jax import Curvature
+    from llc_jax.storage import results
+
+    path = folder / "records.jsonl"
+    for record in workdir.read_jsonl(path):
+        values = {name: np.nan if x is None else x for name, x in record.items() if name != "step"}
+        results.save(folder, record["step"], dataset(Curvature(**values)))
+    path.unlink(missing_ok=True)
+
+
+def table(whole):
+    """One line per checkpoint, as CSV with all digits; the eigenvalues in columns of their own."""
+    import pandas
+
+    from llc_jax import Curvature
+
+    columns = {}
+    for name in Curvature._fields:
+        values = whole[name].values
+        if values.ndim == 1:
+            columns[name] = values
+        else:
+            columns |= {f"{name}_{i}": x for i, x in enumerate(values.T, 1)}
+    frame = pandas.DataFrame(columns, index=whole.checkpoint.values).rename_axis("step")
+    return frame.to_csv(lineterminator="\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from experiments import (
     train_regression,
 )
 from experiments.cli import option
+from experiments.presets import Presets
 
 PHASES = {
     "train": train_regression,
@@ -41,12 +42,7 @@ class Config(cli.Pod):
     seed: int = option(1, "Seed of the training run.")
 
 
-def configs(preset: str) -> Config:
-    """The folder of each preset."""
-    return Config(workdir=train_regression.PRESETS[preset].workdir, preset=preset)
-
-
-PRESETS = {name: configs(name) for name in train_regression.PRESETS}
+PRESETS = Presets("quickstart", Config)
 
 
 def run(config: Config) -> None:

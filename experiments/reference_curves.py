@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import estimate_llc, measure_curvature, measuring
+from experiments import estimate_llc, measure_behavior, measure_curvature
 from llc_jax.storage.files import read_json
 
 TOKENS = 8
@@ -165,7 +165,7 @@ def ours(config) -> dict[str, Table]:
     from llc_jax.storage.results import finished_steps
 
     found = {}
-    folder = measuring.folder_of(config)
+    folder = measure_behavior.folder_of(config)
     if finished_steps(folder):
         found["behavior"] = found["quiet"] = behavior(folder)
     if config.quiet_name:

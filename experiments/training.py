@@ -62,6 +62,26 @@ def record(folder: str, experiment: str = "train_regression") -> dict[str, Any]:
     return read_json(path)
 
 
+def problem(make: Callable[..., Any], config: Any) -> Any:
+    """The problem of a run.
+
+    Args:
+      make: `make(config, **fields of Problem)`.
+      config: that the run was trained with.
+    """
+    from llc_jax.storage.foreign import orbax_folder
+
+    folder = pathlib.Path(config.workdir)
+
+    def losses() -> dict[int, float]:
+        return {m["step"]: m["loss"] for m in workdir.read_jsonl(folder / "metrics.jsonl")}
+
+    return make(
+        config, checkpoints=lambda: orbax_folder(folder / "checkpoints"), train_losses=losses,
+        settings=cli.identity(config),
+    )  # fmt: skip
+
+
 def schedule(config) -> list[int]:
     """Returns the steps at which checkpoints are kept."""
     from llc_jax.storage.checkpoints import checkpoint_steps
@@ -104,7 +124,7 @@ def standing(stops: list[int], sources: Sequence[Any]) -> list[int]:
     return [number, max(step, 0), *missing]
 
 
-def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any]) -> None:
+def run(config, phase: str, recipe: Callable[[], Recipe], presets: Any) -> None:
     """Trains.
 
     1. A checkpoint counts if all its hashes hold; a damaged one is set aside when it is redone.
@@ -118,7 +138,7 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
       config: with workdir, seed, num_steps, batch_size, num_log, num_linear, block.
       phase: for the progress line.
       recipe: called when there is something to do.
-      facts: for `train.json`, beside the configuration.
+      presets: `presets.Presets` of the experiment.
     """
     import jax
 
@@ -160,7 +180,9 @@ def run(config, phase: str, recipe: Callable[[], Recipe], facts: dict[str, Any])
         )  # fmt: skip
         kept, stopped = (CheckpointDir(s.folder, writer=cli.is_main()) for s in sources)
         if cli.is_main():
-            workdir.settle(record, identity, facts, remedy)
+            facts = {"experiment": presets.experiment, "preset": config.preset}
+            facts["command"] = cli.command(config, presets)
+            workdir.settle(record, identity, remedy, facts=facts)
             workdir.rewind_jsonl(folder / "metrics.jsonl", first)
             if first == 0 and 0 in missing:
                 kept.save(0, state.params, state.opt_state)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import settings
-from experiments.calibrate_sgld import numbers
+from experiments import problems
+from experiments.workdir import numbers
 
 TRACE_POINTS = 100  # of a running mean that is kept
 
@@ -35,7 +35,7 @@ class Subject(NamedTuple):
     """What is sampled.
 
     Attributes:
-      draw: see `settings.Setting`.
+      draw: `draw(num_data, seed)`: examples, as host arrays.
       losses: name -> loss function.
       fixed: number of sequences -> `FixedLoss` of the mean loss on them.
     """
@@ -45,20 +45,26 @@ class Subject(NamedTuple):
     fixed: dict[int, FixedLoss]
 
 
-def subject_of(config) -> Subject:
-    """The run, with every loss function that there is for its model."""
+def subject_of(config, problem) -> Subject:
+    """What `config` samples of a problem, with every loss function that it has."""
     from llc_jax.inputs import checks
-    from llc_jax.problems.regression.losses import RegressionPrefixLoss
 
-    setting = settings.load(config.workdir)
-    losses = {"mean": setting.loss_fn}
-    if setting.experiment == "train_regression":
-        losses["random prefix"] = RegressionPrefixLoss(setting.loss_fn.model)
     sizes = [int(n) for n in numbers(config.fixed_sizes)]
     for size in sizes:
         checks.at_least("fixed_sizes", size, 1)
-    fixed = {n: FixedLoss(setting.loss_fn, setting.draw(n, config.data_seed + 1)) for n in sizes}
-    return Subject(setting.draw, losses, fixed)
+    others = config.data_seed + 1
+    fixed = {n: FixedLoss(problem.loss_fn, problem.examples(n, others)) for n in sizes}
+    return Subject(problem.examples, dict(problem.losses), fixed)
+
+
+def within(config, size: int | None):
+    """The config with no more data than there is: n of the problem, or None if it is drawn."""
+    if size is None:
+        return config
+    sizes = sorted({int(min(n, size)) for n in numbers(config.data_sizes)})
+    return dataclasses.replace(
+        config, num_data=min(config.num_data or size, size), data_sizes=",".join(map(str, sizes))
+    )
 
 
 def around(config, subject: Subject) -> list[tuple[str, float | str, dict]]:
@@ -113,9 +119,10 @@ def measure(config, params, subject: Subject, step: int, s: dict):
     estimate = llc_jax.estimate_llc(
         jax.random.key(s["seed"]), subject.losses[s["loss"]], params,
         subject.draw(s["num_data"], config.data_seed), step=step,
-        sampler=llc_jax.SGLD(s["step_size"]), nbeta=config.nbeta, localization=s["localization"],
-        num_chains=config.num_chains, num_draws=s["num_draws"], num_burnin=s["num_burnin"],
-        batch_size=s["batch_size"], grad_accum=config.grad_accum, num_probes=0, collect=fixed,
+        sampler=problems.sampler_of(config, s["step_size"]), nbeta=config.nbeta,
+        localization=s["localization"], num_chains=config.num_chains, num_draws=s["num_draws"],
+        num_burnin=s["num_burnin"], batch_size=s["batch_size"], grad_accum=config.grad_accum,
+        num_probes=0, collect=fixed,
     )  # fmt: skip
     return estimate if fixed is None else evaluated(estimate, float(jax.jit(fixed)(params)))
 
@@ -172,7 +179,7 @@ def grid(config, params, subject: Subject, step: int) -> list[dict]:
     )
     found = llc_jax.estimate_llc_over_settings(
         jax.random.key(config.seed), subject.losses["mean"], params, data, step=step,
-        sampler=llc_jax.SGLD(steps), nbeta=nbetas, localization=gammas,
+        sampler=problems.sampler_of(config, steps), nbeta=nbetas, localization=gammas,
         num_chains=config.num_chains, num_draws=config.num_draws, num_burnin=config.num_burnin,
         batch_size=config.batch_size, grad_accum=config.grad_accum,
         setting_batch=config.setting_batch or None, num_probes=0,

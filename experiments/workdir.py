@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,17 +90,17 @@ def check(
 
 
 def settle(
-    path: pathlib.Path, identity: dict[str, Any], facts: dict[str, Any], remedy: str = "",
-    without: Iterable[str] = (),
+    path: pathlib.Path, identity: dict[str, Any], remedy: str = "", without: Iterable[str] = (), *,
+    facts: dict[str, Any],
 ) -> None:  # fmt: skip
     """Writes the configuration of a run once it is known to be sound, or checks it.
 
     Args:
       path: the JSON file.
       identity: see `check`.
-      facts: preset, command, hashes: kept as the run began.
       remedy: see `check`.
       without: see `check`.
+      facts: preset, command, hashes: kept as the run began.
 
     Raises:
       ValueError: naming every setting that differs.
@@ -110,20 +110,42 @@ def settle(
         write_json(path, {"config": identity, "versions": versions(), **facts})
 
 
-def good_steps(kept, done: Iterable[int] = ()) -> list[int]:
-    """The checkpoints of a `CheckpointDir` that have a result or whose weights are undamaged.
+def good_steps(checkpoints: Mapping[int, Any], done: Iterable[int] = (), name: str = "") -> list:
+    """The checkpoints that have a result or whose weights are undamaged, in order.
+
+    Args:
+      checkpoints: {step: params}.
+      done: steps that have a result.
+      name: where they are, for the message.
 
     Raises:
       ValueError: if there is none.
     """
-    done = set(done)
-    steps = [s for s in kept.steps() if s in done or not kept.verify(s, ["params"])]
+    whole = getattr(checkpoints, "undamaged", None)
+    steps = sorted(checkpoints) if whole is None else whole(done)
     if not steps:
         raise ValueError(
-            f"no good checkpoint in {kept.folder}: repeat the command that trained"
-            f" {os.path.relpath(kept.folder.parent)}, which also redoes damaged ones."
+            f"no good checkpoint in {name}: repeat the command that trained it, which also redoes"
+            " damaged ones."
         )
     return steps
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Parses a flag such as `0.2,0.4`."""
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r}: give numbers separated by commas.") from None
+
+
+def settings_of(name: str, text: str) -> dict[str, float]:
+    """Parses a flag such as `friction=10,decay=0.9`."""
+    try:
+        pairs = [word.split("=") for word in text.split(",") if word]
+        return {key.strip(): float(value) for key, value in pairs}
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: give name=number, separated by commas.") from None
 
 
 def chosen(steps: list[int], text: str) -> list[int]:

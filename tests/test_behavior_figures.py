@@ -6,7 +6,7 @@ import xarray
 from matplotlib.colors import to_rgb
 
 from llc_jax.figures import base as draw
-from llc_jax.figures import variations
+from llc_jax.figures import llc, variations
 from llc_jax.problems.regression import behavior_figures, datasets, structure_figures
 from llc_jax.stages.boundaries import Stage
 from llc_jax.stages.smoothing import SmoothedCurve
@@ -178,7 +178,7 @@ def sweep():
 
 @pytest.mark.parametrize("labels", [None, ["early", "middle", "late"]])
 def test_tokens_hold_every_part_with_its_error_and_the_whole(sweep, labels):
-    figure = behavior_figures.tokens_figure(sweep, stages=STAGES, part="place", labels=labels)
+    figure = llc.parts_figure(sweep, stages=STAGES, part="place", labels=labels)
     [ax] = figure.axes
     assert_on_steps_with_stages([ax])
     assert ax.get_ylabel() == f"{draw.LLC} of the\nloss at place"
@@ -196,7 +196,7 @@ def test_slopes_stand_under_their_curves():
         mean, slope, std = (10.0 * i + row + np.arange(5.0) for row in (1, 20, 40))
         curve = SmoothedCurve(grid, mean, 0 * mean, slope, std, 1.0, 1.0, 0.0, 9.0)
         given[name] = (STEPS, 100.0 * i + STEPS, curve)
-    figure = behavior_figures.slopes_figure(given, stages=STAGES)
+    figure = llc.slopes_figure(given, stages=STAGES)
     axes = np.reshape(figure.axes, (2, 2))
     assert_on_steps_with_stages(axes[1])
     for (top, bottom), (name, (_, values, curve)) in zip(axes.T, given.items(), strict=True):
@@ -314,9 +314,7 @@ def test_a_grid_has_nbeta_by_row_and_step_size_by_column():
         }
         for gamma in (1.0, 100.0) for step_size in (0.1, 0.01) for nbeta in (30.0, 3.0)
     ]  # fmt: skip
-    figure = variations.grid_figure(
-        [{"what": "seed"}, {"what": "grid", "step": 5, "grid": cells}]
-    )
+    figure = variations.grid_figure([{"what": "seed"}, {"what": "grid", "step": 5, "grid": cells}])
     axes = np.reshape(figure.axes, (2, 2))
     assert figure.get_suptitle().startswith("Step 5: ")
     for (row, column), ax in np.ndenumerate(axes):

@@ -11,9 +11,10 @@ import pytest
 import xarray
 from matplotlib.figure import Figure
 
-from experiments import cli, compare_reference, measure_behavior, measuring, train_regression
+from experiments import cli, compare_reference, measure_behavior, train_regression
 from llc_jax.problems.regression import behavior as regression
 from llc_jax.problems.regression.model import init_params, predictions
+from llc_jax.problems.regression.problem import setting
 from llc_jax.storage import results
 from llc_jax.storage.checkpoints import CheckpointDir
 
@@ -366,7 +367,7 @@ def test_folders_without_what_it_takes_are_refused(run, tmp_path):
 @pytest.mark.slow
 def test_behavior_at_another_noise_is_a_measurement_of_its_own(tmp_path):
     trained = dataclasses.replace(train_regression.PRESETS["smoke"], workdir=str(tmp_path))
-    model, task = train_regression.setting(trained)
+    model, task = setting(trained)
     params = init_params(jax.random.key(0), model)
     CheckpointDir(tmp_path / "checkpoints", writer=True).save(0, params, {"none": np.zeros(1)})
     record = {"config": cli.identity(trained), "preset": "smoke"}
@@ -384,11 +385,11 @@ def test_behavior_at_another_noise_is_a_measurement_of_its_own(tmp_path):
         square = ((guess - sequences[theirs]) ** 2).mean(axis=0)
         np.testing.assert_allclose(found[name][0], square, rtol=1e-4)
     # A folder begun before there was the flag holds the noise of the run, and goes on.
-    shutil.copytree(tmp_path / "quiet", measuring.folder_of(config))
+    shutil.copytree(tmp_path / "quiet", measure_behavior.folder_of(config))
     old = {"seed": 2000, "num_sequences": 64, "num_far": 32, "num_attention": 32}
-    (measuring.folder_of(config) / "config.json").write_text(json.dumps({"config": old}))
+    (measure_behavior.folder_of(config) / "config.json").write_text(json.dumps({"config": old}))
     measure_behavior.run(config)
-    shutil.copytree(measuring.folder_of(config), tmp_path / "old")
+    shutil.copytree(measure_behavior.folder_of(config), tmp_path / "old")
     for changes, said in (
         ({"name": "old"}, "noise_variance: None before, 0.015 now"),
         ({"noise_variance": 0.0}, "noise_variance: 0.015 before, None now"),

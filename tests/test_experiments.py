@@ -23,14 +23,15 @@ from experiments import (
     find_stages,
     make_figures,
     make_report,
-    material,
     measure_behavior,
     measure_curvature,
     measure_trajectory,
     quickstart,
     train_regression,
     vary_llc,
+    workdir_results,
 )
+from experiments import run as run_loop
 from experiments import workdir as workdirs
 from experiments.training import schedule
 from llc_jax.problems.regression import behavior as regression
@@ -41,6 +42,7 @@ from llc_jax.problems.regression.losses import (
     RegressionTokenLosses,
 )
 from llc_jax.problems.regression.model import predictions
+from llc_jax.problems.regression.problem import draw, setting
 from llc_jax.storage import files, results
 from llc_jax.storage.checkpoints import CheckpointDir
 
@@ -70,7 +72,7 @@ def _opt_state():
     from llc_jax.training import optimizers
 
     config = train_regression.PRESETS["smoke"]
-    model, _ = train_regression.setting(config)
+    model, _ = setting(config)
     optimizer = optimizers.adam_one_cycle(config.learning_rate, config.num_steps)
     return train.init_state(init_params(jax.random.key(0), model), optimizer).opt_state
 
@@ -141,10 +143,10 @@ def test_curvature_is_that_of_the_library_and_resumes_where_it_was_killed(copy):
     folder = copy / "llc" / "curvature"
     whole = measure_curvature.load(folder)
     assert list(whole) == schedule(train_config(copy))
-    model, task = train_regression.setting(train_config(copy))
+    model, task = setting(train_config(copy))
     kept = CheckpointDir(copy / "checkpoints")
     last = list(whole)[-1]
-    data = train_regression.draw(task, 256, 1000)
+    data = draw(task, 256, 1000)
     matvec = llc_jax.curvature.hvp(
         RegressionLoss(model), kept.restore_params(last), jax.tree.map(lambda x: x[:64], data)
     )
@@ -152,13 +154,14 @@ def test_curvature_is_that_of_the_library_and_resumes_where_it_was_killed(copy):
         jax.random.key(5), matvec, kept.restore_params(last), num_eigenvalues=1, num_iterations=40
     )
     assert whole[last].largest[0] == pytest.approx(top[0], rel=1e-3)
-    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
-    (folder / "records.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
+    before = hashes(folder, "*.nc") | hashes(folder, "*.csv")
+    for step in list(whole)[2:]:
+        results.result_path(folder, step).unlink()
     (folder / "curvature.csv").unlink()
     measure_curvature.run(
         dataclasses.replace(measure_curvature.PRESETS["smoke"], workdir=str(copy))
     )
-    assert (folder / "records.jsonl").read_text() == "".join(lines)
+    assert hashes(folder, "*.nc") | hashes(folder, "*.csv") == before
     with pytest.raises(ValueError, match="num_probes: 2 before, 3 now"):
         measure_curvature.run(
             dataclasses.replace(measure_curvature.PRESETS["smoke"], workdir=str(copy), num_probes=3)
@@ -172,7 +175,7 @@ def test_behavior_is_that_of_the_library_and_resumes(copy):
     whole = results.load(folder, "measure_behavior")
     steps = schedule(train_config(copy))
     assert list(whole.checkpoint) == steps
-    model, task = train_regression.setting(train_config(copy))
+    model, task = setting(train_config(copy))
     params = CheckpointDir(copy / "checkpoints").restore_params(steps[-1])
     sequences = regression.evaluation_set(jax.random.key(config.seed), task, config.num_sequences)
     losses = RegressionTokenLosses(model)(params, sequences).mean(axis=0)
@@ -197,7 +200,7 @@ def test_trajectory_is_the_pca_of_the_predictions(copy, capsys):
     assert others == []
     assert list(steps) == schedule(train_config(copy))
     assert names == ["zero", "ridge"]
-    model, task = train_regression.setting(train_config(copy))
+    model, task = setting(train_config(copy))
     kept = CheckpointDir(copy / "checkpoints")
     batch = regression.evaluation_set(jax.random.key(config.seed), task, config.num_sequences)
     rows = [predictions(model, kept.restore_params(s), batch).ravel() for s in steps]
@@ -262,7 +265,7 @@ def test_every_figure_is_drawn(copy):
     # What was not measured is not drawn, and not missed.
     for name in ("behavior", "trajectory", "llc/curvature"):
         shutil.rmtree(copy / name)
-    found = material.load(make_figures.Config(workdir=str(copy)))
+    found = workdir_results.load(make_figures.Config(workdir=str(copy)))
     assert set(make_figures.page(found)) == {"overview", "traces", "tokens"}
     assert set(make_figures.more(found)) == {"slopes"}
 
@@ -289,7 +292,7 @@ def test_variations_of_the_settings(copy):
     assert abs(still["llc"]) < 0.5
 
     # Every other record is what the library says at settings that differ in one place.
-    model, task = train_regression.setting(train_config(copy))
+    model, task = setting(train_config(copy))
     step = schedule(train_config(copy))[-1]
     params = CheckpointDir(copy / "checkpoints").restore_params(step)
     mean, prefix = RegressionLoss(model), RegressionPrefixLoss(model)
@@ -297,14 +300,14 @@ def test_variations_of_the_settings(copy):
     def estimate(loss=mean, num_data=config.num_data, seed=config.seed, batch_size=None, **more):
         return llc_jax.estimate_llc(
             jax.random.key(seed), loss, params,
-            train_regression.draw(task, num_data, config.data_seed), step=step,
+            draw(task, num_data, config.data_seed), step=step,
             sampler=llc_jax.SGLD(config.step_size), nbeta=config.nbeta,
             localization=config.localization, num_chains=config.num_chains,
             num_draws=config.num_draws, num_burnin=config.num_burnin,
             batch_size=batch_size or config.batch_size, num_probes=0, **more,
         )  # fmt: skip
 
-    other = train_regression.draw(task, 64, config.data_seed + 1)
+    other = draw(task, 64, config.data_seed + 1)
     there = estimate(collect=lambda params, batch: mean(params, other).mean())
     rise = there.collected[:, config.num_burnin :].mean() - float(mean(params, other).mean())
     expected = {
@@ -391,11 +394,11 @@ def test_shards_add_up_to_the_whole(copy):
 
 def test_resumed_chunks_are_the_chunks_they_were():
     steps = [0, 1, 2, 3, 4, 5, 6]
-    assert estimate_llc.todo(steps, set(), 3, (0, 1)) == steps
-    assert estimate_llc.todo(steps, {0, 1, 2, 3}, 3, (0, 1)) == [3, 4, 5, 6]
-    assert estimate_llc.todo(steps, {6}, 3, (0, 2)) == [0, 1, 2]
-    assert estimate_llc.todo(steps, set(), 3, (1, 2)) == [3, 4, 5]
-    parts = [estimate_llc.todo(steps, set(), 2, (i, 3)) for i in range(3)]
+    assert run_loop.todo(steps, set(), 3, (0, 1)) == steps
+    assert run_loop.todo(steps, {0, 1, 2, 3}, 3, (0, 1)) == [3, 4, 5, 6]
+    assert run_loop.todo(steps, {6}, 3, (0, 2)) == [0, 1, 2]
+    assert run_loop.todo(steps, set(), 3, (1, 2)) == [3, 4, 5]
+    parts = [run_loop.todo(steps, set(), 2, (i, 3)) for i in range(3)]
     assert sorted(step for part in parts for step in part) == steps
 
 
@@ -550,7 +553,7 @@ def test_torn_metrics_line_is_dropped(tmp_path):
 def test_command_reproduces_the_config():
     base = estimate_llc.PRESETS["smoke"]
     config = dataclasses.replace(base, workdir="a b", num_draws=7, seed=3)
-    line = cli.command("estimate_llc", "smoke", config, base)
+    line = cli.command(config, estimate_llc.PRESETS)
     assert line == (
         "python -m experiments.estimate_llc --preset=smoke '--workdir=a b' --seed=3 --num_draws=7"
     )

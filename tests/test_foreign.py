@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from llc_jax.storage import foreign
+from llc_jax.storage import orbax_steps
 from llc_jax.storage.checkpoints import CheckpointDir, CheckpointError
 
 TREE = {"w": np.arange(3.0, dtype=np.float32), "l": [np.ones(2), {"n": np.int32(7)}]}
@@ -187,7 +187,7 @@ def test_ambiguous_folders_are_refused(folder):
 def test_other_folders_hold_no_steps(tmp_path):
     for name in ("exp_1", "exp_2", "7", "2024-01-05"):
         (tmp_path / name / "sub").mkdir(parents=True)
-    assert foreign.steps(tmp_path) == {}
+    assert orbax_steps.steps(tmp_path) == {}
     assert CheckpointDir(tmp_path).steps() == [7]
     with pytest.raises(CheckpointError, match=r"manifest.json is missing"):
         CheckpointDir(tmp_path).restore_params(7)

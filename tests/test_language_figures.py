@@ -8,7 +8,7 @@ import pytest
 import xarray
 from matplotlib.colors import to_rgb
 
-from llc_jax.figures import base
+from llc_jax.figures import base, llc
 from llc_jax.problems.language import datasets as language_datasets
 from llc_jax.problems.language import figures as draw
 from llc_jax.report import heatmap
@@ -273,7 +273,7 @@ def test_published_init_beside_the_paired_estimate():
         coords={"checkpoint": [0, 900]},
         attrs={"nbeta": 10.0},
     )
-    (ax,) = draw.published_init_figure(sweep, stages=STAGES).axes
+    (ax,) = llc.published_init_figure(sweep, stages=STAGES).axes
     assert "lambda" in ax.get_ylabel()
     shown = labelled(ax)
     for label, values, errors in (

@@ -16,6 +16,7 @@ from experiments.training import schedule
 from llc_jax.problems.regression.data import RegressionBatches
 from llc_jax.problems.regression.losses import RegressionLoss
 from llc_jax.problems.regression.model import init_params
+from llc_jax.problems.regression.problem import setting
 
 RECORDED_LOSS = 4.43  # mean SGLD loss at every recorded checkpoint up to step 50,000 ...
 RECORDED_SPREAD = 0.02  # ... and how much it varies between them
@@ -35,7 +36,7 @@ def test_paper_presets_are_the_published_settings():
 @pytest.mark.slow
 def test_hot_sampling_from_a_fresh_initialisation():
     """SGLD at the published settings ends at the recorded loss and spread out to sqrt(d / γ)."""
-    model, task = train_regression.setting(train_regression.PRESETS["paper"])
+    model, task = setting(train_regression.PRESETS["paper"])
     published = estimate_llc.PRESETS["paper"]
     params = init_params(jax.random.key(1), model)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))

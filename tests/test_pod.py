@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import estimate_llc, quickstart, settings, train_language, train_regression
+from experiments import estimate_llc, problems, quickstart, train_language, train_regression
 from experiments import workdir as workdirs
 from llc_jax.storage import results
 from llc_jax.storage.checkpoints import CheckpointDir
@@ -93,8 +93,8 @@ def weights(config):
 
 def losses(config):
     """Of every checkpoint on the same sequences, one by one."""
-    run = settings.load(config.workdir)
-    data, loss_fn = run.draw(16, 0), jax.jit(run.loss_fn)
+    run = problems.of_run(config.workdir)
+    data, loss_fn = run.sample(16, 0), jax.jit(run.loss_fn)
     return {step: loss_fn(params, data) for step, params in weights(config).items()}
 
 

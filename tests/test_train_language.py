@@ -16,18 +16,20 @@ from experiments import (
     find_stages,
     make_figures,
     make_report,
+    measure_behavior,
     measure_curvature,
     measure_language,
     measure_trajectory,
-    measuring,
-    settings,
+    problems,
     train_language,
     train_regression,
 )
 from experiments import workdir as workdirs
 from experiments.training import schedule
 from llc_jax.problems.language.datasets import octave_ranges
+from llc_jax.problems.language.heldout import frequent
 from llc_jax.problems.language.losses import LanguageTokenLosses, octaves
+from llc_jax.problems.language.problem import source, transformer, vocabulary
 from llc_jax.problems.language.synthetic import predictive, sample
 from llc_jax.storage import results
 from llc_jax.storage.checkpoints import CheckpointDir
@@ -68,35 +70,37 @@ def test_synthetic_run_learns_word_frequencies(synthetic):
     lines = workdirs.read_jsonl(pathlib.Path(synthetic.workdir) / "metrics.jsonl")
     assert lines[-1]["step"] == 40
     assert lines[-1]["tokens_per_second"] > 0
-    setting = settings.load(synthetic.workdir)
-    data = setting.draw(64, 0)
+    setting = problems.of_run(synthetic.workdir)
+    data = setting.sample(64, 0)
     known = setting.baselines(data)
     assert known["uniform"] == pytest.approx(math.log(17))
     assert known["exact"] < known["bigram"] < known["unigram"] < known["uniform"]
     assert lines[-1]["loss"] < known["uniform"]
-    np.testing.assert_array_equal(setting.draw(64, 0)["tokens"], data["tokens"])
+    np.testing.assert_array_equal(setting.sample(64, 0)["tokens"], data["tokens"])
 
 
 def test_text_run_learns_a_certain_text(text):
     lines = workdirs.read_jsonl(pathlib.Path(text.workdir) / "metrics.jsonl")
-    known = settings.load(text.workdir).baselines(settings.load(text.workdir).draw(64, 0))
+    run = problems.of_run(text.workdir)
+    known = run.baselines(run.sample(64, 0))
     assert lines[-1]["loss"] < known["word frequencies"] < known["uniform"]
     kept = CheckpointDir(pathlib.Path(text.workdir) / "checkpoints")
     assert kept.steps() == schedule(text)
 
 
 def test_data_set_of_a_text_has_distinct_training_rows(text):
-    rows = train_language.tokens(text).train
-    data, digest = settings.data_set(text.workdir, 32, 7)
+    rows = source(text).train
+    run = problems.of_run(text.workdir)
+    data, digest = problems.data_set(run, 32, 7)
     assert data["tokens"].shape == (32, 16)
     # Every row of a sample without replacement is there as often as the text has it, at most.
     known, have = np.unique(rows, axis=0, return_counts=True)
     found, count = np.unique(data["tokens"], axis=0, return_counts=True)
     for row, number in zip(found, count, strict=True):
         assert number <= have[(known == row).all(1)].sum()
-    assert settings.data_set(text.workdir, 32, 8)[1] != digest
+    assert problems.data_set(run, 32, 8)[1] != digest
     with pytest.raises(ValueError, match=r"num_data=1000000: the training text has \d+ sequences"):
-        settings.load(text.workdir).draw(1_000_000, 0)
+        run.sample(1_000_000, 0)
 
 
 @pytest.mark.slow
@@ -121,7 +125,7 @@ class Losses:
 
     def __init__(self, training):
         self.kept = CheckpointDir(pathlib.Path(training.workdir) / "checkpoints")
-        self.of = LanguageTokenLosses(train_language.model(training))
+        self.of = LanguageTokenLosses(transformer(training))
 
     def __call__(self, step, rows):
         return np.asarray(self.of(self.kept.restore_params(step), {"tokens": rows}))
@@ -130,8 +134,8 @@ class Losses:
 def held_out(training, seed, count):
     if training.data == "synthetic":
         key = jax.random.split(jax.random.key(seed))[0]
-        return np.asarray(sample(key, train_language.language(training), count)["tokens"])
-    return train_language.tokens(training).heldout[:count]
+        return np.asarray(sample(key, source(training), count)["tokens"])
+    return source(training).heldout[:count]
 
 
 def assert_path_is_that_of_log_probs(training, config, losses):
@@ -146,11 +150,11 @@ def assert_path_is_that_of_log_probs(training, config, losses):
         ),
     )
     points = [-losses(step, rows)[at] for step in steps]
-    points.append(np.full(len(rows), -math.log(train_language.vocabulary(training))))
+    points.append(np.full(len(rows), -math.log(vocabulary(training))))
     expected = ["uniform"]
     if training.data == "synthetic":
         expected += ["unigram", "bigram", "trigram", "repeated bigram", "exact"]
-        law = predictive(train_language.language(training), rows)
+        law = predictive(source(training), rows)
         points.append(np.asarray(law)[(*at, rows[at[0], at[1] + 1])])
     assert names == expected
     points = np.array(points, float)
@@ -189,12 +193,12 @@ def test_estimates_curvature_stages_and_report(which, request):
             measure_language.run(asked)
         asked = dataclasses.replace(asked, num_ngrams=1)
     measure_language.run(asked)
-    behavior = pandas.read_csv(measuring.folder_of(asked) / "behavior.csv")
+    behavior = pandas.read_csv(measure_behavior.folder_of(asked) / "behavior.csv")
     assert behavior.step.tolist() == schedule(training)
     assert (behavior.bigram_score >= behavior.bigram_floor).all()
-    heads = pandas.read_csv(measuring.folder_of(asked) / "heads.csv")
+    heads = pandas.read_csv(measure_behavior.folder_of(asked) / "heads.csv")
     assert len(heads) == len(behavior) * training.num_layers * training.num_heads
-    pairs = pandas.read_csv(measuring.folder_of(asked) / "composition.csv")
+    pairs = pandas.read_csv(measure_behavior.folder_of(asked) / "composition.csv")
     assert len(pairs) == len(behavior) * training.num_heads**2
     losses = Losses(training)
     rows = held_out(training, asked.seed, 16)
@@ -208,7 +212,7 @@ def test_estimates_curvature_stages_and_report(which, request):
             assert behavior[name].iloc[line] == pytest.approx(mean, rel=1e-5)
     # They are not those of the sequences it was trained on.
     if which == "text":
-        trained_on = losses(step, train_language.tokens(training).train[:16])
+        trained_on = losses(step, source(training).train[:16])
         assert abs(trained_on.mean() / behavior.mean_loss.iloc[-1] - 1) > 1e-3
     tracing = dataclasses.replace(
         measure_trajectory.PRESETS["smoke"], **common, num_sequences=12, log_probs=True, block=5
@@ -253,7 +257,7 @@ def test_a_run_of_one_kind_is_not_taken_for_the_other(synthetic):
 
 def test_most_frequent_ngrams_of_rows():
     rows = np.array([[9, 1, 2, 1, 2, 3], [9, 1, 2, 3, 1, 2]])
-    np.testing.assert_array_equal(measure_language.frequent(rows, 2, 2), [[1, 2], [2, 3]])
-    np.testing.assert_array_equal(measure_language.frequent(rows, 3, 1), [[1, 2, 3]])
+    np.testing.assert_array_equal(frequent(rows, 2, 2), [[1, 2], [2, 3]])
+    np.testing.assert_array_equal(frequent(rows, 3, 1), [[1, 2, 3]])
     with pytest.raises(ValueError, match="num_ngrams=9"):
-        measure_language.frequent(rows, 2, 9)
+        frequent(rows, 2, 9)

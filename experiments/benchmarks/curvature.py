@@ -13,19 +13,16 @@ a pilot of its own says that 2 % need. The seconds are medians, interleaved, wit
 import dataclasses
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import settings, train_regression
+from experiments import problems
 from experiments.benchmarks import timing
 from experiments.cli import option
 from llc_jax import curvature, curvature_over_checkpoints
 from llc_jax.curvature.krylov import maps
-from llc_jax.problems.regression.losses import RegressionLoss
-from llc_jax.storage.checkpoints import CheckpointDir
 from llc_jax.trees import Layout
 
 EIGENVALUE_ERROR, TRACE_ERROR = 0.01, 0.02
@@ -161,17 +158,15 @@ HEADER = """\
 
 def run(config: Config) -> None:
     """Prints a table with a line per checkpoint."""
-    training = train_regression.load_config(config.workdir)
-    model, _ = train_regression.setting(training)
-    kept = CheckpointDir(pathlib.Path(config.workdir) / "checkpoints")
-    every = kept.steps()
+    problem = problems.of_run(config.workdir, "regression")
+    kept = problem.saved()
+    every = list(kept)
     steps = timing.integers(config.steps) if config.steps else [every[len(every) // 2], every[-1]]
-    data, _ = settings.data_set(config.workdir, config.num_data, 1000)
-    size = sum(x.size for x in jax.tree.leaves(kept.restore_params(steps[0])))
+    data = problem.sample(config.num_data, 1000)
+    size = sum(x.size for x in jax.tree.leaves(kept[steps[0]]))
     print(f"{size:,} parameters, {config.num_data} sequences [{timing.machine()}]\n{HEADER}")
-    loss = RegressionLoss(model)
     for step in steps:
-        print(compare(step, loss, kept.restore_params(step), data, config), flush=True)
+        print(compare(step, problem.loss_fn, kept[step], data, config), flush=True)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ HEADINGS = {
     "heads": "Heads",
     "structure": "Structure",
     "trajectory": "Path in function space",
+    "metrics": "Metrics",
 }
 CAPTIONS = {
     "overview": "Above, the training loss; below, λ̂ at each checkpoint with its standard error"
@@ -88,6 +89,7 @@ CAPTIONS = {
     " switched off; shares of the singular values of both embeddings, squared; how much of the"
     " token embedding lies in the span of the position embeddings; and the map from the last layer"
     " norm to the prediction.",
+    "metrics": "What the problem measures at every checkpoint, under the stages of λ̂.",
     "trajectory": "The predictions on fixed sequences (of a language model the logit or the"
     " log-probability of the next token at one place of each), projected on their principal"
     " components over the run (dots: checkpoints). Circles touch the path; the thin"

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from llc_jax.inputs import checks
-from llc_jax.storage import files, foreign, manifests, pytrees
+from llc_jax.storage import files, manifests, orbax_steps, pytrees
 from llc_jax.storage.pytrees import CheckpointError
 from llc_jax.types import Params
 
@@ -233,7 +233,7 @@ class CheckpointDir:
         own = {int(name): self.folder / name for name in numbers}
         if any((path / manifests.NAME).exists() for path in own.values()):
             return own, False
-        alien = foreign.steps(self.folder)
+        alien = orbax_steps.steps(self.folder)
         return alien or own, bool(alien)
 
     def _require_good(self, step: int, items: tuple[str, ...]) -> tuple[pathlib.Path, bool]:
@@ -243,7 +243,7 @@ class CheckpointDir:
         if step not in paths:
             found = sorted(paths)
             listed = found if len(found) < 20 else f"{found[:9]} ... {found[-9:]}"
-            whole = foreign.is_orbax(self.folder) and not found
+            whole = orbax_steps.is_orbax(self.folder) and not found
             hint = "; the folder is one checkpoint itself: open the folder it is in" * whole
             raise CheckpointError(f"no checkpoint {path}; committed steps: {listed}{hint}.")
         if not alien and (problems := self.verify(step, items)):
@@ -256,7 +256,7 @@ class CheckpointDir:
             path,
             manifests.NAME,
         )
-        return pytrees.restore_foreign(foreign.item(path))
+        return pytrees.restore_foreign(orbax_steps.item(path))
 
     def _unreadable(self, path: pathlib.Path) -> list[str]:
         try:

@@ -33,18 +33,30 @@ def finished_steps(folder: str | os.PathLike) -> list[int]:
 def save_estimate(
     folder: str | os.PathLike, step: int, estimate: LLCEstimate, provenance: Mapping[str, Any]
 ) -> None:
-    """Writes one estimate atomically.
+    """Writes one estimate atomically, see `estimate_dataset` and `save`.
 
     Args:
       folder: where; created if missing.
       step: training step of the checkpoint.
-      estimate: what to write, with all traces and what `collect` returned.
-      provenance: names to text or numbers (versions, hashes), stored as attributes beside the
-        settings.
+      estimate: what to write.
+      provenance: names to text or numbers (versions, hashes).
 
     Raises:
       ValueError: if something would not come back, or a name is taken; nothing is written.
       OSError: if it cannot be written.
+    """
+    save(folder, step, estimate_dataset(estimate, provenance))
+
+
+def estimate_dataset(estimate: LLCEstimate, provenance: Mapping[str, Any]) -> xarray.Dataset:
+    """Returns an estimate with all traces and what `collect` returned.
+
+    Args:
+      estimate: which.
+      provenance: names to text or numbers, which become attributes beside the settings.
+
+    Raises:
+      ValueError: if something is none of these, or a name is taken.
     """
     if not isinstance(provenance, Mapping):
         raise ValueError(
@@ -63,7 +75,7 @@ def save_estimate(
                 f"provenance {name!r:.80} is the name of a {kind} of the estimate, which it would"
                 f" hide: call it source_{name:.80}, for example."
             )
-    save(folder, step, dataset.assign_attrs(provenance))
+    return dataset.assign_attrs(provenance)
 
 
 def save(folder: str | os.PathLike, step: int, dataset: xarray.Dataset) -> None:

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from llc_jax.figures import base
 from llc_jax.figures.base import finish
-from llc_jax.storage.results import llc_with_published_init
 
 HEADS = {
     "previous_token": "attention to the\nprevious token",
@@ -188,30 +187,6 @@ def spread(steps: np.ndarray, count: int) -> list[int]:
     times = np.log1p(steps)
     goals = np.linspace(times[0], times[-1], count)
     return sorted({int(np.abs(times - goal).argmin()) for goal in goals})
-
-
-def published_init_figure(sweep, *, stages: Sequence = ()) -> Figure:
-    """Draws λ̂ beside what the published estimator makes of the same chains.
-
-    Args:
-      sweep: estimates, of `results.load_sweep`.
-      stages: of `llc_jax.find_stages`; may be empty.
-    """
-    steps = sweep.checkpoint.values
-    published = llc_with_published_init(sweep)
-    figure = base.InlineFigure(figsize=(9.6, 4.6), layout="constrained")
-    ax = figure.subplots()
-    ax.errorbar(
-        steps, published.mean("chain"), published.std("chain", ddof=1), color=base.ORANGE,
-        marker="s", ms=4, lw=1.3, elinewidth=1, label="published init loss ± spread over chains",
-    )  # fmt: skip
-    ax.errorbar(
-        steps, sweep.llc, sweep.stderr, color=base.BLUE, marker="o", ms=4, lw=1.3,
-        label="init loss of each chain ± 1 s.e.",
-    )  # fmt: skip
-    base.dress(ax, base.LLC)
-    finish(figure, [ax], steps, stages)
-    return figure
 
 
 def _selected(size: int) -> np.ndarray:

@@ -1,26 +1,27 @@
-"""What there is to draw of a workdir: the results of all experiments, read back."""
+"""The results of all experiments on a workdir, read back."""
 
 import pathlib
 from typing import Any, NamedTuple
 
 from experiments import (
+    cli,
     estimate_llc,
     find_stages,
+    measure_behavior,
     measure_curvature,
     measure_trajectory,
-    measuring,
-    settings,
+    problems,
     vary_llc,
-    workdir,
 )
+from llc_jax.problems.base import Problem
 
 
-class Material(NamedTuple):
-    """What there is to draw; behavior and trajectory are None where nothing was measured.
+class Results(NamedTuple):
+    """What there is; behavior and trajectory are None where nothing was measured.
 
     Attributes:
-      setting: of the run.
-      metrics: lines of the training log.
+      problem: of the run.
+      train_curve: {step: training loss}; empty if it is not known.
       baselines: name -> loss of simple predictors.
       sweep: estimates, `results.load_sweep`.
       curve: `SmoothedCurve` of λ̂.
@@ -32,8 +33,8 @@ class Material(NamedTuple):
       variations: of `vary_llc.load`, empty before it has finished.
     """
 
-    setting: settings.Setting
-    metrics: list[dict[str, float]]
+    problem: Problem
+    train_curve: dict[int, float]
     baselines: dict[str, float]
     sweep: Any
     curve: Any
@@ -45,29 +46,36 @@ class Material(NamedTuple):
     variations: list[dict[str, Any]]
 
 
+# What results are, and the code that draws them.
+RESULTS = (".nc", ".csv", ".json", ".jsonl")
+DRAWN_BY = ("report", "figures", "metrics", "problems")
+
+
+def optional(config) -> dict[str, tuple[pathlib.Path, str, str]]:
+    """Of what need not be there: name -> (folder, result, record)."""
+    return {
+        "curvature": (measure_curvature.folder_of(config), "curvature.csv", "config.json"),
+        "behavior": (measure_behavior.folder_of(config), "behavior.csv", "config.json"),
+        "trajectory": (measure_trajectory.folder_of(config), "trajectory.csv", "trajectory.json"),
+    }
+
+
 def records(config) -> dict[str, pathlib.Path]:
-    """The record of every experiment that this workdir has results of; the first three it must.
+    """The record of every experiment that this workdir has results of; the first ones it must.
 
     Raises:
       ValueError: if one of these is missing.
     """
-    root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
-    needed = {
-        "training": root / "train.json",
-        "estimates": folder / "config.json",
-        "stages": folder / "stages.json",
-    }
+    folder = estimate_llc.results_folder(config)
+    needed = {"estimates": folder / "config.json", "stages": folder / "stages.json"}
+    if not cli.stands_alone(config.problem):
+        needed = {"training": pathlib.Path(config.workdir) / "train.json"} | needed
     for name, path in needed.items():
         if not path.exists():
             raise ValueError(f"{path} is missing: run the experiment that makes the {name} first.")
-    optional = {
-        "curvature": (measure_curvature.folder_of(config), "records.jsonl", "config.json"),
-        "behavior": (measuring.folder_of(config), "behavior.csv", "config.json"),
-        "trajectory": (measure_trajectory.folder_of(config), "trajectory.csv", "trajectory.json"),
-    }
     return needed | {
         name: where / record
-        for name, (where, result, record) in optional.items()
+        for name, (where, result, record) in optional(config).items()
         if (where / result).exists()
     }
 
@@ -75,25 +83,19 @@ def records(config) -> dict[str, pathlib.Path]:
 def inputs(config) -> str:
     """Digest of everything that figures are made of, the code that draws them included."""
     from llc_jax.storage.files import digest
-    from llc_jax.storage.results import finished_steps, result_path
 
     root, folder = pathlib.Path(config.workdir), estimate_llc.results_folder(config)
-    found = records(config)
-    sources = pathlib.Path(__file__).parents[1] / "llc_jax"
-    behavior, trajectory = measuring.folder_of(config), measure_trajectory.folder_of(config)
-    return digest(
-        [*found.values(), root / "metrics.jsonl"]
-        + sorted([*sources.glob("report/*.py"), *sources.glob("figures/*.py")])
-        + sorted([*sources.glob("problems/*/*figures.py"), sources / "metrics/trajectory.py"])
-        + [pathlib.Path(__file__).with_name("make_figures.py")]
-        + [*measure_curvature.folder_of(config).glob("records.jsonl")]
-        + [*behavior.glob("behavior.csv"), *behavior.glob("texts.json")]
-        + [*trajectory.glob("trajectory.csv")]
-        + [result_path(folder, s) for s in finished_steps(folder)]
-    )
+    code = pathlib.Path(__file__).parents[1] / "llc_jax"
+    places = [
+        folder, *(where for where, *_ in optional(config).values()), vary_llc.folder_of(config)
+    ]  # fmt: skip
+    found = [p for place in places for p in sorted(place.glob("*")) if p.suffix in RESULTS]
+    sources = [p for room in DRAWN_BY for p in sorted((code / room).rglob("*.py"))]
+    own = [config.problem] if config.problem.endswith(".py") else []
+    return digest([root / "train.json", root / "metrics.jsonl", *found, *sources, *own])
 
 
-def load(config) -> Material:
+def load(config) -> Results:
     """Reads everything."""
     from llc_jax.stages.smoothing import smooth_curve
     from llc_jax.storage import results
@@ -106,19 +108,17 @@ def load(config) -> Material:
     curve = smooth_curve(
         sweep.checkpoint.values, sweep.llc.values, sweep.stderr.values, kernel=kernel
     )
-    data, _ = settings.data_set(
-        config.workdir, sampled["config"]["num_data"], sampled["config"]["data_seed"]
-    )
+    problem = problems.load(config)
     behavior = trajectory = None
     if "behavior" in found:
-        behavior = results.load(measuring.folder_of(config), "measure_behavior or measure_language")
+        behavior = results.load(measure_behavior.folder_of(config), "measure_behavior")
     if "trajectory" in found:
         trajectory = measure_trajectory.load(measure_trajectory.folder_of(config))
-    setting = settings.load(config.workdir)
-    return Material(
-        setting=setting,
-        metrics=workdir.read_jsonl(pathlib.Path(config.workdir) / "metrics.jsonl"),
-        baselines=setting.baselines(data),
+    data = problem.sample(sampled["config"]["num_data"], sampled["config"]["data_seed"])
+    return Results(
+        problem=problem,
+        train_curve=problem.train_curve(),
+        baselines=problem.baselines(data),
         sweep=sweep,
         curve=curve,
         stages=find_stages.load_stages(found["stages"]),
