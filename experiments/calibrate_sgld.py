@@ -22,21 +22,14 @@ from experiments.workdir import numbers
 class Config(cli.Sampling, cli.Run):
     """Settings of a calibration."""
 
-    seed: int = option(0, "Seed of the chains.")
     step: int = option(-1, "Training step of the checkpoint that is swept; -1 for the last.")
     num_checkpoints: int = option(3, "Other checkpoints with pilot chains, evenly spaced.")
-    data_seed: int = option(1000, "Seed of the data set, as in estimate_llc.")
-    num_data: int = option(2048, "Examples in the data set, n; 0 for all of your own.")
-    nbeta: float = option(30.0, "Middle of the grid of nβ; 0 for n / log n.")
     localization: float = option(0.0, "Weakest γ; 0 for the weakest that the burn-in relaxes.")
     step_fractions: str = option("0.2,0.4,0.8", "Step sizes of the grid, in units of 1/Λ.")
     nbeta_factors: str = option("0.333,1,3", "nβ of the grid, in units of nbeta.")
     localization_factors: str = option("1,3,10", "γ of the grid, in units of the weakest.")
     num_chains: int = option(2, "Chains per setting.")
     num_draws: int = option(60, "Draws per chain after burn-in.")
-    num_burnin: int = option(60, "Burn-in, and length of the pilot chains.")
-    batch_size: int = option(32, "Examples per minibatch, m.")
-    grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
     setting_batch: int = option(0, "Settings in flight at once; 0 for all; bounds memory.")
     relative_stderr: float = option(0.02, "Standard error to be reached, relative to λ̂.")
 
@@ -65,7 +58,7 @@ def run(config: Config, phase: str = "calibration") -> None:
             )
         identity = cli.identity(config) | problems.identity(config, problem)
         record, known = folder / "calibration.json", {"config": identity, "step": step}
-        if is_fresh(record, known):
+        if is_fresh(record, known, "sweep.png", "sweep.csv"):
             cli.say(f"{phase}: up to date in {record}")
             return
         count = config.num_checkpoints and config.num_checkpoints + 1

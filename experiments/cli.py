@@ -39,6 +39,14 @@ class Run:
 class Sampling:
     """Flags of experiments that run chains."""
 
+    seed: int = option(0, "Seed of the chains.")
+    data_seed: int = option(1000, "Seed of the data set, where it is drawn.")
+    num_data: int = option(2048, "Examples in the data set, n; 0 for all of your own.")
+    nbeta: float = option(30.0, "n times inverse temperature, nβ; 0 for n / log n.")
+    localization: float = option(300.0, "Pull towards the checkpoint, γ.")
+    num_burnin: int = option(60, "Draws per chain thrown away first.")
+    batch_size: int = option(32, "Examples per minibatch, m.")
+    grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
     sampler: str = option(
         "SGLD", "Sampler of llc_jax.samplers, or path/to/mine.py:ClassName.", added=True
     )

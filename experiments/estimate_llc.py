@@ -20,21 +20,13 @@ from experiments.presets import Presets
 
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Pod, cli.Sampling, cli.Run):
-    """Settings of a sweep. SGLD: ε = step_size, γ = localization, nβ = nbeta, m = batch_size."""
+    """Settings of a sweep."""
 
     name: str = option("llc", "Folder of the results within the workdir.")
-    seed: int = option(0, "Seed of the chains.")
-    data_seed: int = option(1000, "Seed of the data set, where it is drawn.")
-    num_data: int = option(2048, "Examples in the data set, n; 0 for all of your own.")
     step_size: float = option(2e-4, "Step of the sampler, ε.")
-    nbeta: float = option(30.0, "n times inverse temperature, nβ; 0 for n / log n.")
-    localization: float = option(300.0, "Pull towards the checkpoint, γ.")
     num_chains: int = option(4, "Chains per checkpoint.")
     num_draws: int = option(90, "Draws per chain after burn-in.")
-    num_burnin: int = option(60, "Draws per chain thrown away first.")
     thinning: int = option(1, "Steps of the sampler per draw.")
-    batch_size: int = option(32, "Examples per minibatch, m.")
-    grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
     checkpoint_batch: int = option(1, "Checkpoints in flight at once; bounds memory.")
     chain_batch: int = option(0, "Chains one device runs at once; 0 for all its share.")
     num_probes: int = option(
@@ -45,8 +37,6 @@ class Config(cli.Pod, cli.Sampling, cli.Run):
 
 
 PRESETS = Presets("estimate_llc", Config)
-
-
 # Which checkpoints, and how much at once: no part of what is computed at each.
 NOT_PART_OF_AN_ESTIMATE = ("checkpoints", "checkpoint_batch", "chain_batch", "grad_accum")
 

@@ -38,7 +38,7 @@ def run(config: Config, phase: str = "report") -> None:
     measure_behavior.metrics(config)
     records, known = workdir_results.records(config), {"inputs": workdir_results.inputs(config)}
     record = root / "report.json"  # beside the page, which is that of the last --name
-    if is_fresh(record, known):
+    if is_fresh(record, known, "report.html"):
         cli.say(f"{phase}: {root / 'report.html'} is up to date")
         return
 

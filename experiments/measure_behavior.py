@@ -73,6 +73,11 @@ def measure(
     from experiments.run import Sweep, over_checkpoints
 
     problem = problems.load(config)
+    if problem.measured_by != presets.experiment:
+        raise ValueError(
+            f"{config.workdir} holds a run of {problem.name}: use python -m"
+            f" experiments.{problem.measured_by}."
+        )
     checkpoints, measurement = problem.saved(), problem.measurement(config)
     identity = measurement.identity
     if identity is None:

@@ -73,7 +73,7 @@ def run(config: Config, phase: str = "trajectory") -> None:
             )
         identity = cli.identity(config, MEMORY) | problems.identity(config, problem)
         record, known = folder / "trajectory.json", {"config": identity, "steps": steps}
-        if is_fresh(record, known):
+        if is_fresh(record, known, "trajectory.csv"):
             cli.say(f"{phase}: up to date in {record}")
             return
         found = problem.columns(config)

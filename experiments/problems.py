@@ -88,9 +88,11 @@ def _module_of(place: pathlib.Path, _: int) -> Any:
 
 
 def identity(config: Any, problem: Problem) -> dict[str, str]:
-    """What a record says of the problem: the name of one that the workdir does not tell of."""
-    trained = (pathlib.Path(config.workdir) / "train.json").exists()
-    return {} if trained and not cli.stands_alone(config.problem) else {"problem": problem.name}
+    """What a record says beside the flags: the name of a problem of a file, a sampler's hash."""
+    found = {"problem": problem.name} if cli.stands_alone(config.problem) else {}
+    if path := getattr(config, "sampler", "").rpartition(":")[0]:
+        found["sampler_sha256"] = digest([path])
+    return found
 
 
 def data_set(problem: Problem, num_data: int, seed: int) -> tuple[Any, str]:

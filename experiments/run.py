@@ -176,14 +176,16 @@ def over_records(
     return workdir.read_jsonl(path)
 
 
-def is_fresh(record: pathlib.Path, known: Mapping[str, Any]) -> bool:
+def is_fresh(record: pathlib.Path, known: Mapping[str, Any], *outputs: str) -> bool:
     """Whether what a record tells of was made from this, and is still as it was written.
 
     Args:
       record: of `commit`.
       known: settings and inputs.
+      *outputs: files beside the record; those of older versions have no hashes in it.
     """
-    if not record.exists():
+    paths = [record, *(record.parent / name for name in outputs)]
+    if not all(path.exists() for path in paths):
         return False
     found = read_json(record)
     return known.items() <= found.items() and all(

@@ -28,18 +28,11 @@ from experiments.presets import Presets
 class Config(cli.Sampling, cli.Run):
     """Settings; the base is varied one setting at a time."""
 
-    seed: int = option(0, "Seed of the chains.")
-    data_seed: int = option(1000, "Seed of the data set.")
     checkpoints: str = option("", "Training steps, with commas; empty for num_checkpoints of them.")
     num_checkpoints: int = option(4, "Checkpoints, evenly spaced from the last backwards.")
-    num_data: int = option(2048, "Examples in the data set of the base; 0 for all of your own.")
-    step_size: float = option(2e-4, "Step of the sampler, ε, of the base.")
-    nbeta: float = option(30.0, "nβ of the base.")
-    localization: float = option(300.0, "γ of the base.")
+    step_size: float = option(2e-4, "Step of the sampler, ε.")
     num_chains: int = option(2, "Chains.")
     num_draws: int = option(60, "Draws per chain after burn-in.")
-    num_burnin: int = option(60, "Draws per chain thrown away first.")
-    batch_size: int = option(32, "Sequences per minibatch of the base.")
     data_sizes: str = option("128,512,2048", "Sizes of the data set.")
     batch_sizes: str = option("16,32,64", "Sizes of the minibatch.")
     fixed_sizes: str = option("256", "Sizes of a fixed set to evaluate the loss of a draw on.")
@@ -47,7 +40,6 @@ class Config(cli.Sampling, cli.Run):
     step_factors: str = option("0.3,1,3", "Step sizes of the grid, in units of the base.")
     nbeta_factors: str = option("0.3,1,3", "nβ of the grid, in units of the base.")
     localization_factors: str = option("0.3,1,3", "γ of the grid, in units of the base.")
-    grad_accum: int = option(1, "Micro-batches per minibatch; bounds memory.")
     setting_batch: int = option(0, "Settings of the grid at once; 0 for all; bounds memory.")
 
 

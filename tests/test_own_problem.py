@@ -16,15 +16,19 @@ import pytest
 import llc_jax
 from experiments import (
     calibrate_sgld,
+    cli,
     estimate_llc,
     find_stages,
     make_figures,
     make_report,
+    measure_behavior,
     measure_curvature,
     problems,
+    train_language,
     vary_llc,
 )
 from experiments import run as run_loop
+from experiments import workdir as workdirs
 from llc_jax.problems import Problem
 from llc_jax.problems.base import passes
 from llc_jax.storage import files, foreign, results
@@ -52,7 +56,7 @@ def error(params):
 
 PROBLEM = llc_jax.problems.Problem(
     name="line", loss_fn=loss_fn, data=make_data,
-    checkpoints=lambda: foreign.npz_folder(CHECKPOINTS),
+    checkpoints=lambda: foreign.open_folder(CHECKPOINTS),
     metrics={"error": error, "norm": lambda params: jnp.linalg.norm(params["w"])},
     presets={"tiny": {
         "num_draws": 30, "num_burnin": 20, "step_size": 1e-2, "nbeta": 20.0,
@@ -245,6 +249,30 @@ def test_wrong_samplers_are_refused(flags, said):
         problems.sampler_of(estimate_llc.Config(**flags), 1.0)
 
 
+def test_a_run_is_measured_by_the_experiment_for_it(tmp_path):
+    training = dataclasses.replace(train_language.PRESETS["smoke"], workdir=str(tmp_path))
+    record = {"config": cli.identity(training), "experiment": "train_language", "preset": "smoke"}
+    files.write_json(tmp_path / "train.json", record)
+    with pytest.raises(ValueError, match=r"run of language: use .*measure_language"):
+        measure_behavior.run(measure_behavior.Config(workdir=str(tmp_path)))
+    with pytest.raises(ValueError, match="was trained by train_language"):
+        measure_behavior.run(measure_behavior.Config(workdir=str(tmp_path), problem="regression"))
+
+
+def test_curvature_of_an_older_version_is_refused_and_then_converted(tmp_path):
+    one = llc_jax.Curvature(1.5, 0.1, *[np.arange(2.0) + i for i in range(4)],
+                            float("nan"), 1.0, 2.0, 3.0, 34)  # fmt: skip
+    workdirs.append_jsonl(tmp_path / "records.jsonl", {"step": 7, **one._asdict()})
+    with pytest.raises(ValueError, match="older version: measure_curvature will convert it"):
+        measure_curvature.load(tmp_path)
+    measure_curvature.adopt_older(tmp_path)
+    found = measure_curvature.load(tmp_path)[7]
+    assert str(found) == str(one)
+    assert isinstance(found.num_products, int)
+    text = measure_curvature.table(results.load(tmp_path, "measure_curvature"))
+    assert text.splitlines()[1] == "7,1.5,0.1,0.0,1.0,1.0,2.0,2.0,3.0,3.0,4.0,,1.0,2.0,3.0,34"
+
+
 # --- freshness ---------------------------------------------------------------------------------
 
 
@@ -258,6 +286,9 @@ def test_one_rule_says_what_is_fresh(tmp_path):
     assert not run_loop.is_fresh(record, known)
     (tmp_path / "out.txt").unlink()
     assert not run_loop.is_fresh(record, known)
+    files.write_json(record, known)  # of an older version, without hashes
+    assert not run_loop.is_fresh(record, known, "out.txt")
+    assert run_loop.is_fresh(record, known)
 
 
 # --- openers -----------------------------------------------------------------------------------
@@ -295,7 +326,7 @@ def test_safetensors_are_read_as_they_were(tmp_path):
         for name, x in found[step].items():
             assert x.dtype == arrays[name].dtype
             np.testing.assert_array_equal(x, arrays[name])
-    nested = foreign.safetensors_folder(tmp_path, separator=".")[9]
+    nested = foreign.open_folder(tmp_path, separator=".")[9]
     np.testing.assert_array_equal(nested["layer"]["weight"], arrays["layer.weight"])
 
 
@@ -311,13 +342,13 @@ def test_cut_safetensors_are_refused(tmp_path, cut):
 def test_npz_runs_no_code(tmp_path):
     np.savez(tmp_path / "s1.npz", a=np.array([{}], object))
     with pytest.raises(CheckpointError, match="without running code"):
-        foreign.npz_folder(tmp_path)[1]
+        foreign.open_folder(tmp_path)[1]
 
 
 def test_npz_of_a_dtype_it_cannot_hold_is_refused(tmp_path):
     np.savez(tmp_path / "s1.npz", a=np.ones(3, ml_dtypes.bfloat16))
     with pytest.raises(CheckpointError, match="no bfloat16"):
-        foreign.npz_folder(tmp_path)[1]
+        foreign.open_folder(tmp_path)[1]
 
 
 def test_folders_without_checkpoints_are_refused(tmp_path):

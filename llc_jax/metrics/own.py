@@ -1,12 +1,55 @@
-"""Metrics that a problem brings along: functions of the weights, measured at every checkpoint."""
+"""What a problem measures at every checkpoint: its metrics, or its behaviour and structure."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import xarray
 
+from llc_jax.checkpoint_map import map_checkpoints
 from llc_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a model does and how it is built, measured in one program.
+
+    Attributes:
+      behavior: `behavior(step, params, *asked)`, a dictionary of arrays with `mean_loss`.
+      structure: `structure(step, params, shown)`, likewise.
+    """
+
+    behavior: Callable[..., dict]
+    structure: Callable[..., dict]
+
+    def __call__(self, step: Any, params: Params, asked: tuple, shown: Any) -> dict:
+        """Both dictionaries in one, for `map_checkpoints`."""
+        return self.behavior(step, params, *asked) | self.structure(step, params, shown)
+
+    def over(
+        self, checkpoints: Mapping[int, Params], steps: list[int], asked: tuple, shown: Any,
+        named: Callable[[dict, Params], xarray.Dataset], checkpoint_batch: int,
+    ) -> Iterator[tuple[int, xarray.Dataset, str]]:  # fmt: skip
+        """Measures checkpoints.
+
+        Args:
+          checkpoints: {step: params}.
+          steps: those to measure.
+          asked: what behaviour is measured on.
+          shown: what structure is measured on.
+          named: makes a Dataset of both dictionaries and the weights.
+          checkpoint_batch: checkpoints at once.
+
+        Returns:
+          Iterator of (step, Dataset, text for a progress line).
+        """
+        pairs = ((step, checkpoints[step]) for step in steps)
+        measured = map_checkpoints(self, pairs, asked, shown, checkpoint_batch=checkpoint_batch)
+        return (
+            (step, named(found, checkpoints[step]), f" step {step}: loss {found['mean_loss']:.4f}")
+            for step, found in measured
+        )
 
 
 def measured(

@@ -11,7 +11,8 @@ import numpy as np
 from llc_jax.inputs import checks
 from llc_jax.inputs.arrays import data_length
 from llc_jax.metrics import own
-from llc_jax.storage.foreign import Checkpoints
+from llc_jax.storage.checkpoints import CheckpointDir
+from llc_jax.storage.foreign import Checkpoints, orbax_folder
 from llc_jax.types import Batch, LossFn, Params, Stream
 
 
@@ -73,6 +74,8 @@ class Problem:
     train_losses: Any = None
     presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    measured_by = "measure_behavior"  # the experiment whose flags `measurement` takes
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.-]*", self.name):
@@ -138,6 +141,8 @@ class Problem:
     def saved(self) -> Mapping[int, Params]:
         """The checkpoints as {step: params}, read when asked for."""
         found = self.checkpoints()
+        if isinstance(found, CheckpointDir):
+            return orbax_folder(found.folder)
         return found if isinstance(found, Mapping) else passes(self.checkpoints)
 
     def baselines(self, data: Batch) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Checkpoints of any program, read when asked for and never changed.
 
-Every opener returns a mapping {step: params}: `open_folder` for whatever a folder holds, or one of
-the others by name. Nothing that is read here can run code: no pickle.
+`open_folder` returns a mapping {step: params} for whatever a folder holds. Nothing that is read
+here can run code: no pickle.
 """
 
 import json
@@ -67,18 +67,40 @@ class Checkpoints(Mapping[int, Params]):
 def open_folder(folder: str | os.PathLike, separator: str | None = None) -> Checkpoints:
     """Opens a folder of checkpoints of this package, of Orbax, of safetensors or of .npz files.
 
+    There is one file or folder for each step, named by it, the last number of the name:
+    `step_100.npz`, or `checkpoint-100/model.safetensors` as transformers writes it.
+
     Args:
-      folder: with one file or folder for each step, named by it: the last number of the name.
-      separator: as in `npz_folder`.
+      folder: which.
+      separator: where names in files are split to make nested dicts, such as "/" or "."; None
+        leaves a flat dict of arrays.
 
     Raises:
-      ValueError: if there is none of these in it.
+      ValueError: if there is none of these in it, or a step twice.
     """
+    found: dict[int, list[pathlib.Path]] = {}
     root = files.local_path(folder, "folder")
-    for suffix, opener in ((".safetensors", safetensors_folder), (".npz", npz_folder)):
-        if _files(root, suffix):
-            return opener(root, separator)
-    return orbax_folder(root)
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        mine = [p for p in inside if p.suffix in _READERS]
+        numbers = re.findall(r"\d+", path.stem if path.is_file() else path.name)
+        if not mine or not numbers:
+            continue
+        step = int(numbers[-1])
+        if step in found:
+            raise ValueError(
+                f"folder={str(folder)!r} has step {step} twice, {found[step][0].name} and"
+                f" {mine[0].name}: put each kind into a folder of its own."
+            )
+        found[step] = mine
+    if not found:
+        return orbax_folder(root)
+
+    def read(step: int) -> Params:
+        arrays = {k: x for path in found[step] for k, x in _READERS[path.suffix](path).items()}
+        return arrays if separator is None else nested(arrays, separator)
+
+    return Checkpoints(found, read)
 
 
 def orbax_folder(folder: str | os.PathLike) -> Checkpoints:
@@ -100,28 +122,6 @@ def orbax_folder(folder: str | os.PathLike) -> Checkpoints:
     ours = any((kept.folder / str(step) / manifests.NAME).exists() for step in steps)
     problems = (lambda step: kept.verify(step, ["params"])) if ours else (lambda step: [])
     return Checkpoints(steps, kept.restore_params, problems)
-
-
-def npz_folder(folder: str | os.PathLike, separator: str | None = None) -> Checkpoints:
-    """Opens a folder of .npz files, such as `step_100.npz`.
-
-    Args:
-      folder: with one file, or one folder of files, for each step.
-      separator: where names are split to make nested dicts, such as "/" or "."; None leaves a flat
-        dict of arrays.
-
-    Raises:
-      ValueError: if there is none, or two are of one step.
-    """
-    return _of_files(folder, ".npz", _read_npz, separator)
-
-
-def safetensors_folder(folder: str | os.PathLike, separator: str | None = None) -> Checkpoints:
-    """Opens a folder of safetensors files, such as `step_100.safetensors`; see `npz_folder`.
-
-    `checkpoint-100/model.safetensors`, as transformers writes it, is step 100 too.
-    """
-    return _of_files(folder, ".safetensors", read_safetensors, separator)
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -153,7 +153,12 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return found
 
 
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads one .npz file as {name: array}.
+
+    Raises:
+      CheckpointError: if it is not whole, or holds other things than numbers.
+    """
     try:
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
@@ -170,38 +175,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _files(folder: pathlib.Path, suffix: str) -> list[tuple[str, list[pathlib.Path]]]:
-    """Names without their suffix, each with its files: itself, or those of a folder."""
-    found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_dir():
-            found.append((path.name, sorted(path.glob(f"*{suffix}"))))
-        elif path.suffix == suffix:
-            found.append((path.stem, [path]))
-    return [(name, paths) for name, paths in found if paths and re.search(r"\d", name)]
-
-
-def _of_files(folder, suffix: str, read: Callable, separator: str | None) -> Checkpoints:
-    found: dict[int, list[pathlib.Path]] = {}
-    for name, paths in _files(files.local_path(folder, "folder"), suffix):
-        step = int(re.findall(r"\d+", name)[-1])
-        if step in found:
-            raise ValueError(
-                f"folder={str(folder)!r} has step {step} twice, {found[step][0].name} and"
-                f" {paths[0].name}: put each kind into a folder of its own."
-            )
-        found[step] = paths
-    if not found:
-        raise ValueError(
-            f"folder={str(folder)!r} has no {suffix} files with a number in their name: give the"
-            f" folder with one for each step, such as step_100{suffix}."
-        )
-
-    def whole(step: int) -> Params:
-        arrays = {name: x for path in found[step] for name, x in read(path).items()}
-        return arrays if separator is None else nested(arrays, separator)
-
-    return Checkpoints(found, whole)
+_READERS = {".safetensors": read_safetensors, ".npz": read_npz}
 
 
 def nested(arrays: Mapping[str, np.ndarray], separator: str) -> Params:

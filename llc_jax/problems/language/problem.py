@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llc_jax.checkpoint_map import map_checkpoints
 from llc_jax.inputs import checks
+from llc_jax.metrics.own import Inspection
 from llc_jax.problems.base import Columns, Measurement, Problem, curves_of
 from llc_jax.problems.language import behavior, datasets, heldout, probes, structure, synthetic
 from llc_jax.problems.language.losses import LanguageLoss, LanguageOctaveLosses
@@ -53,18 +53,6 @@ def transformer(training: Any) -> AttentionOnlyTransformer:
     )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """Behaviour and structure of one checkpoint, for `llc_jax.checkpoint_map.map_checkpoints`."""
-
-    behavior: behavior.Behavior
-    structure: structure.Structure
-
-    def __call__(self, step, params, questions, asked):
-        """Returns both dictionaries in one."""
-        return self.behavior(step, params, questions) | self.structure(step, params, asked)
-
-
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Language(Problem):
     """A training run.
@@ -78,6 +66,7 @@ class Language(Problem):
     model: AttentionOnlyTransformer
 
     title = "attention-only language model"
+    measured_by = "measure_language"
 
     @functools.cached_property
     def source(self) -> Any:
@@ -126,26 +115,25 @@ class Language(Problem):
         for name in ("num_sequences", "num_probes", "num_ngrams", "num_texts"):
             checks.at_least(name, getattr(flags, name), 1)
 
+        def named(found, params):
+            found |= structure.position_components(params)
+            return datasets.dataset(found, heldout.LENGTHS, structure.weight_names(params))
+
         def each(checkpoints, steps):
             rows, table, grams, start = heldout.material(flags, self.training, self.source)
             texts = rows[: flags.num_texts]
-            measured = map_checkpoints(
-                Measure(behavior.Behavior(self.model), structure.Structure(self.model)),
-                ((step, checkpoints[step]) for step in steps),
-                behavior.questions(flags.seed, self.model, rows, table, grams, texts),
+            both = Inspection(behavior.Behavior(self.model), structure.Structure(self.model))
+            measured = both.over(
+                checkpoints, steps,
+                (behavior.questions(flags.seed, self.model, rows, table, grams, texts),),
                 probes.probes(flags.seed, flags.num_probes, self.model, start),
-                checkpoint_batch=flags.checkpoint_batch,
+                named, flags.checkpoint_batch,
             )  # fmt: skip
 
             def results():  # from here on the settings are known to be those of the folder
                 place = pathlib.Path(flags.workdir) / "behavior" / "texts.json"
                 write_json(place, heldout.words(self.training, self.source, texts))
-                for step, found in measured:
-                    params = checkpoints[step]
-                    found |= structure.position_components(params)
-                    names = structure.weight_names(params)
-                    whole = datasets.dataset(found, heldout.LENGTHS, names)
-                    yield step, whole, f" step {step}: loss {found['mean_loss']:.4f}"
+                yield from measured
 
             return results()
 

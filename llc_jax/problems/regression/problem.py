@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llc_jax.checkpoint_map import map_checkpoints
 from llc_jax.inputs import checks
+from llc_jax.metrics.own import Inspection
 from llc_jax.problems.base import Columns, Measurement, Problem, curves_of
 from llc_jax.problems.regression import behavior, data, datasets, losses, structure
 from llc_jax.problems.regression.model import RegressionTransformer
@@ -40,18 +40,6 @@ def draw(task: data.RegressionTask, num_data: int, seed: int) -> Batch:
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return jax.device_get(data.sample_batch(jax.random.key(seed), task, num_data))
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """Behaviour and structure of one checkpoint, for `llc_jax.checkpoint_map.map_checkpoints`."""
-
-    behavior: behavior.Behavior
-    structure: structure.Structure
-
-    def __call__(self, step, params, sequences, few, seen):
-        """Returns both dictionaries in one."""
-        return self.behavior(step, params, sequences, few) | self.structure(step, params, seen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -114,21 +102,16 @@ class Regression(Problem):
                 {name: x[:count] for name, x in sequences.items()}
                 for count in (flags.num_far, flags.num_attention)
             )
-            measured = map_checkpoints(
-                Measure(behavior.Behavior(self.model), structure.Structure(self.model)),
-                ((step, checkpoints[step]) for step in steps),
-                sequences, few, {name: seen[name] for name in ("x", "y")},
-                checkpoint_batch=flags.checkpoint_batch,
-            )  # fmt: skip
 
-            def named(step, found):
-                params = checkpoints[step]
-                found |= structure.embeddings(params)
+            def named(found, params):
                 names = structure.layer_norm_names(params)
-                whole = datasets.dataset(found, behavior.GAINS, names)
-                return step, whole, f" step {step}: loss {found['mean_loss']:.4f}"
+                return datasets.dataset(found | structure.embeddings(params), behavior.GAINS, names)
 
-            return (named(*one) for one in measured)
+            both = Inspection(behavior.Behavior(self.model), structure.Structure(self.model))
+            shown = {name: seen[name] for name in ("x", "y")}
+            return both.over(
+                checkpoints, steps, (sequences, few), shown, named, flags.checkpoint_batch
+            )
 
         return Measurement(
             each,
