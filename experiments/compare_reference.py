@@ -120,8 +120,7 @@ def run(config: Config, phase: str = "comparison") -> None:
         ]  # fmt: skip
     table = pandas.DataFrame(rows)
     folder = pathlib.Path(config.workdir) / "comparison"
-    line = cli.command("compare_reference", config.preset, dataclasses.replace(
-        config, reference="PATH"), PRESETS[config.preset])  # fmt: skip
+    line = cli.command(dataclasses.replace(config, reference="PATH"), PRESETS)
     ranges = [0, config.last_step] if config.last_step else [0]
     tables = [summary(table, config.first_step, last) for last in ranges]
     text = "\n".join([f"`{line}`\n", *tables, boundaries(curves, reference)])

@@ -109,17 +109,8 @@ def data_set(problem: Problem, num_data: int, seed: int) -> tuple[Any, str]:
 
 
 def estimation_options(problem: Problem) -> dict[str, Any]:
-    """What the estimate functions take of a problem's observables.
-
-    Raises:
-      ValueError: for an observable that cannot be recorded yet.
-    """
-    if odd := sorted(set(problem.observables) - {"parts"}):
-        raise ValueError(
-            f"observables={odd}: only 'parts', a function (params, batch) -> [batch, part], can be"
-            " recorded."
-        )
-    return {"parts_fn": problem.observables.get("parts")}
+    """What the estimate functions take of a problem."""
+    return {"observables": dict(problem.observables)}
 
 
 def sampler_of(config: Any, step_size: Any) -> Any:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llc_jax"
 # From the bottom up: a room uses those before it. Numbers first, by jax, optax and numpyro alone.
 LIBRARY = (
     "types", "ambient", "inputs", "trees", "losses", "parallel", "checkpoint_map", "diagnostics",
-    "observables", "samplers", "curvature", "sampling", "llc", "calibration", "stages",
+    "observables", "recorder", "samplers", "curvature", "sampling", "llc", "calibration", "stages",
 )  # fmt: skip
 REPRODUCTION = ("storage", "training", "metrics", "figures", "report", "problems")
 ROOMS = {room: floor for floor, room in enumerate((*LIBRARY, *REPRODUCTION))}

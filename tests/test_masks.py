@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llc_jax import SGLD, estimate_llc, estimate_llc_over_checkpoints, estimate_llc_over_settings
+from llc_jax import (
+    SGLD,
+    calibrate,
+    estimate_llc,
+    estimate_llc_over_checkpoints,
+    estimate_llc_over_settings,
+)
 from llc_jax import mask_by_path as by_path
 
 PARAMS = {
@@ -173,3 +179,8 @@ def test_masks_checkpoints_and_settings_are_one_program(caplog):
 def test_bad_masks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         estimate_llc(jax.random.key(0), quadratic, W, DATA, **SHORT, **options)
+
+
+def test_calibrate_takes_one_mask():
+    with pytest.raises(ValueError, match="masks=.*: settings are chosen for one posterior"):
+        calibrate(jax.random.key(0), quadratic, W, DATA, masks=MASKS)

@@ -98,11 +98,11 @@ def losses(config):
     return {step: loss_fn(params, data) for step, params in weights(config).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("experiment", "make"),
-    [(train_language, text), pytest.param(train_regression, smoke, marks=pytest.mark.slow)],
+    ("experiment", "make"), [(train_language, text), (train_regression, smoke)],
     ids=["text", "regression"],
-)
+)  # fmt: skip
 def test_two_processes_train_like_one(tmp_path, experiment, make):
     """The same batches, the same course: only the order of sums over devices differs.
 

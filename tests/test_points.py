@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from llc_jax.stages import points as points_module
-from llc_jax.stages import smoothing
+from llc_jax.stages.evidence import negative_evidence
 from llc_jax.stages.points import Points, apart, averaged, checked, informative
 
 
@@ -188,10 +188,8 @@ def test_likelihood_of_points_is_that_of_their_means_and_scatter():
     for theta in np.log([(1.3, 7.0, 0.8), (0.7, 2.0, 1.9)]):
         variance = 0.3**2 + np.exp(2 * theta[2])
         lost = -stats.norm(scale=variance**0.5).logpdf(along).sum()
-        exact, _ = smoothing._negative_evidence(
-            theta, np.log1p(points.steps), values, points.errors**2
-        )
-        binned, _ = smoothing._negative_evidence(
+        exact, _ = negative_evidence(theta, np.log1p(points.steps), values, points.errors**2)
+        binned, _ = negative_evidence(
             theta, np.log1p(means.steps), means.values, means.errors**2, means.share, scatter
         )
         differences.append(exact - binned - lost)

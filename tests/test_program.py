@@ -50,14 +50,16 @@ def test_an_example_without_a_finite_loss_is_named_and_no_step_size_blamed(batch
     assert "step_size" not in sentence
 
 
-@pytest.mark.parametrize("thinning", [1, 3])
-@pytest.mark.parametrize("batch_size", [40, 4])
+@pytest.mark.parametrize(
+    ("batch_size", "thinning"),
+    [(40, 1), (40, 3), (4, 3), pytest.param(4, 1, marks=pytest.mark.slow)],
+)
 def test_an_example_without_a_finite_gradient_is_named(batch_size, thinning):
     # "NaN in gradient of np.linalg.norm at 0", jax-ml/jax issue 3058, and many others.
     data = {"x": X.copy()}
     data["x"][23] = 0
-    options = {"batch_size": batch_size, "thinning": thinning}
-    estimate = run(rooted, weights(1.0), data, **options, num_draws=60)
+    options = {"batch_size": batch_size, "thinning": thinning, "num_draws": 60}
+    estimate = run(rooted, weights(1.0), data, **options)
     assert estimate.num_finite < 2
     assert "gradient not finite at the anchor" in estimate.verdict
     assert "row 23:" in " ".join(estimate.warnings)
@@ -78,9 +80,7 @@ def test_a_stream_that_brings_bad_examples_is_named():
 
 def test_a_step_that_is_too_large_is_still_told_so():
     for batch_size in (None, 4):
-        estimate = run(
-            exploding, weights(0.0), {"x": X}, sampler=SGLD(30.0), batch_size=batch_size
-        )
+        estimate = run(exploding, weights(0.0), {"x": X}, sampler=SGLD(30.0), batch_size=batch_size)
         assert estimate.num_finite == 0
         assert estimate.verdict.startswith("2 of 2 chains diverged")
         assert "Lower step_size" in estimate.warnings[0]
@@ -137,13 +137,20 @@ def doubled(x):
 doubled.defvjp(lambda x: (doubled(x), None), lambda _, g: (2 * g,))
 
 
-@pytest.mark.parametrize("num_chains", [1, 4, 5])
-@pytest.mark.parametrize("rule", [doubled, jax.jit(doubled)], ids=["plain", "jitted"])
+RULES = {"plain": doubled, "jitted": jax.jit(doubled)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_chains"),
+    [("plain", 1), ("plain", 5), ("jitted", 4),
+     *(pytest.param(*case, marks=pytest.mark.slow)
+       for case in (("plain", 4), ("jitted", 1), ("jitted", 5)))],
+)  # fmt: skip
 def test_a_loss_without_second_derivatives_is_sampled_however_many_chains_share_a_device(
     rule, num_chains
 ):
     def loss(params, batch):
-        return rule(batch["x"] @ params["w"]) ** 2
+        return RULES[rule](batch["x"] @ params["w"]) ** 2
 
     estimate = run(loss, weights(0.1), {"x": X}, num_chains=num_chains, num_burnin=0)
     assert np.isfinite(estimate.mean)

@@ -6,6 +6,8 @@ from scipy import linalg, stats
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 
 from llc_jax.stages import smoothing
+from llc_jax.stages.evidence import negative_evidence
+from llc_jax.stages.points import Scatter
 from llc_jax.stages.smoothing import fit_curve, smooth_curve
 
 
@@ -98,14 +100,14 @@ def test_joint_samples_have_the_mean_and_covariance_of_the_slope():
 def test_evidence_is_the_density_of_contrasts_and_its_gradient():
     steps, values, stderr = _bump(num=15)
     u, theta = np.log1p(steps), np.log([1.3, 7.0, 0.8])
-    ours, gradient = smoothing._negative_evidence(theta, u, values, stderr**2)
+    ours, gradient = negative_evidence(theta, u, values, stderr**2)
     # A flat prior on m is a density over 1 * m; over the unit vector 1 / sqrt(N), log N / 2 more.
     defined = _log_evidence(u, values, stderr**2, 1.3, 7.0, 0.8)
     assert -ours == pytest.approx(defined - 0.5 * np.log(u.size), abs=1e-8)
     h = 1e-5
     for k, unit in enumerate(np.eye(3)):
         up, down = (
-            smoothing._negative_evidence(theta + sign * h * unit, u, values, stderr**2)[0]
+            negative_evidence(theta + sign * h * unit, u, values, stderr**2)[0]
             for sign in (1, -1)
         )
         assert gradient[k] == pytest.approx((up - down) / (2 * h), abs=1e-5)
@@ -128,7 +130,7 @@ def test_fit_explains_a_planted_process_better_than_the_truth_does(seed):
     # Twice the gain is about chi-squared with three degrees of freedom.
     assert at_fit < at_truth + 0.5 * stats.chi2(3).ppf(0.999)
     theta = np.log([fit.length_scale, fit.amplitude, fit.noise])
-    gradient = smoothing._negative_evidence(theta, u, values, stderr**2)[1]
+    gradient = negative_evidence(theta, u, values, stderr**2)[1]
     np.testing.assert_allclose(gradient, 0.0, atol=0.02)
 
 
@@ -205,17 +207,17 @@ def test_evidence_of_scatter_and_its_gradient():
     """Residuals that are orthogonal to the means: independent, each Gaussian of known variance."""
     steps, values, stderr = _bump(num=15)
     u, theta, share = np.log1p(steps), np.log([1.3, 7.0, 0.8]), np.linspace(0.1, 1, steps.size)
-    scatter = smoothing.Scatter(*map(np.array, [[0, 7], [0.0, 5.0], [0.1, 0.3]]))
+    scatter = Scatter(*map(np.array, [[0, 7], [0.0, 5.0], [0.1, 0.3]]))
     arguments = (u, values, stderr**2, share)
-    ours, gradient = smoothing._negative_evidence(theta, *arguments, scatter)
-    alone, _ = smoothing._negative_evidence(theta, *arguments)
+    ours, gradient = negative_evidence(theta, *arguments, scatter)
+    alone, _ = negative_evidence(theta, *arguments)
     around = 0.3 + 0.8**2
     expected = -stats.norm(scale=around**0.5).logpdf([5.0**0.5, 0, 0, 0, 0, 0, 0]).sum()
     assert ours - alone == pytest.approx(expected)
     h = 1e-5
     for k, unit in enumerate(np.eye(3)):
         up, down = (
-            smoothing._negative_evidence(theta + sign * h * unit, *arguments, scatter)[0]
+            negative_evidence(theta + sign * h * unit, *arguments, scatter)[0]
             for sign in (1, -1)
         )
         assert gradient[k] == pytest.approx((up - down) / (2 * h), abs=1e-5)

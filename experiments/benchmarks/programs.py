@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 from llc_jax import SGLD
 from llc_jax.losses import mean_loss
 from llc_jax.observables import LossGap
-from llc_jax.observables import split as split_observables
 from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.problems.language import model as attention_only
 from llc_jax.problems.language.losses import LanguageLoss
 from llc_jax.problems.regression import data as regression_data
 from llc_jax.problems.regression import model as regression_models
 from llc_jax.problems.regression.losses import RegressionLoss
+from llc_jax.recorder import split as split_observables
 from llc_jax.sampling.chain import Plan
 from llc_jax.sampling.posterior import LocalPosterior
 from llc_jax.sampling.program import sample

@@ -17,6 +17,7 @@ from llc_jax.calibration.phases import advise, stiffness_elsewhere, stiffness_of
 from llc_jax.calibration.pilot import Pilot
 from llc_jax.calibration.result import Calibration
 from llc_jax.inputs import checks
+from llc_jax.inputs.masks import check_mask
 from llc_jax.llc.lanes import default_nbeta_of
 from llc_jax.trees import Layout
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
@@ -97,7 +98,7 @@ def calibrate(
             f"report={checks.shown(report)}: give a function of one text, such as print, or None."
         )
     template = checks.params(params, options.get("step", 0))
-    num_params = int(Layout.of(template).num_kept(checks.mask(options.get("mask"), template)))
+    num_params = int(Layout.of(template).num_kept(check_mask(options.get("mask"), template)))
     if checkpoints is not None:
         checkpoints = requests.anchors(checkpoints, template)
     if sampler is None:

@@ -230,7 +230,7 @@ class Grid(NamedTuple):
           step_size: that of the rehearsal.
         """
         one: list[Any] = [np.full(1, float(x)) for x in (nbeta, localization, step_size)]
-        dropped = {"parts_fn": None, "collect": None}
+        dropped = {"parts_fn": None, "collect": None, "observables": None}
         found = self.run(
             rng_key, self.pilot.sampler, *one, thinning=REHEARSAL, num_probes=0, **dropped
         )

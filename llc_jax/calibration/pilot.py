@@ -20,6 +20,7 @@ from llc_jax.calibration.incurable import refuse_flat, refuse_incurable
 from llc_jax.calibration.walls import any_dead, curvature_by_gradients, spread
 from llc_jax.diagnostics import MAX_STABILITY
 from llc_jax.inputs import checks
+from llc_jax.inputs.masks import check_mask
 from llc_jax.llc.estimators import estimate_llc_over_settings
 from llc_jax.samplers import base
 from llc_jax.trees import Layout, at_least_float32
@@ -208,7 +209,7 @@ class Pilot(NamedTuple):
         size = self.options.get("batch_size")
         if isinstance(self.data, Stream) or size not in (None, checks.data_length(self.data)):
             return np.zeros(len(estimates))
-        mask = checks.mask(self.options.get("mask"), self.params)
+        mask = check_mask(self.options.get("mask"), self.params)
         return curvature_by_gradients(estimates, nbetas, int(Layout.of(self.params).num_kept(mask)))
 
     def relaxations(self, stiffness, localizations) -> np.ndarray:

@@ -61,6 +61,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Refuses what is chosen here."""
     for name in {"thinning", "num_probes"} & options.keys():
         raise ValueError(f"{name}={options[name]!r}: calibrate chooses it; leave it out.")
+    if options.get("masks") is not None:
+        raise ValueError(
+            f"masks={checks.shown(options['masks'])}: settings are chosen for one posterior; give"
+            " one of them as mask."
+        )
 
 
 def check_estimate(rng_key: jax.Array, pilot: Any, nbeta: float) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from llc_jax.ambient import together, undisturbed
 from llc_jax.inputs import arrays, checks
+from llc_jax.inputs.masks import check_mask
 from llc_jax.losses import num_examples, take
 from llc_jax.trees import Layout, apply_mask, at_least_float32
 from llc_jax.types import Batch, LossFn, Params, Stream
@@ -133,14 +134,14 @@ def hvp(
     leaves = [*arrays.flat("params", params), *arrays.flat("data", data)]
     if not any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
         data = arrays.data_arrays(data)
-        mask = checks.mask(mask, params)
+        mask = check_mask(mask, params)
         checks.params(params, 0, None, mask)
         params, data = together((arrays.param_arrays(params, 0, mask), data))
     layout = Layout.of(params)
     template = jax.tree.unflatten(
         layout.structure, list(map(jax.ShapeDtypeStruct, layout.shapes, layout.dtypes))
     )
-    mask = checks.mask(mask, template)
+    mask = check_mask(mask, template)
     n = num_examples(data)
     num_chunks = -(-n // min(micro_batch or n, n))
     chunk = -(-n // num_chunks)

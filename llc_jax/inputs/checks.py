@@ -118,7 +118,7 @@ def linear_map(matvec: Any, params: Params, own: Params | None = None) -> None:
     own = params if own is None else own
     shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (own, params)]
     structures = [jax.tree.structure(tree) for tree in (own, params)]
-    if not _equal(*structures) or shapes[0] != shapes[1]:
+    if not same_structure(*structures) or shapes[0] != shapes[1]:
         raise ValueError(
             f"params has structure {shown(structures[1])} and shapes {shown(shapes[1])}, those of"
             f" matvec are {shown(structures[0])} and {shown(shapes[0])}: give the params that it"
@@ -195,76 +195,18 @@ def mismatches(expected: Any, found: Any, limit: int = 4) -> str:
         if flat[0].get(path) != flat[1].get(path)
     ]
     structures = [jax.tree.structure(tree) for tree in (expected, found)]
-    if not lines and not _equal(*structures):
+    if not lines and not same_structure(*structures):
         lines = [f"{structures[0]} against {structures[1]}"]
     lines = [line if len(line) < 200 else f"{line[:196]} ..." for line in lines]
     return ", ".join(lines[:limit]) + (f" and {len(lines) - limit} more" * (len(lines) > limit))
 
 
-def _equal(left: Any, right: Any) -> bool:
+def same_structure(left: Any, right: Any) -> bool:
     """Whether two structures are one; those with arrays in static fields have no comparison."""
     try:
         return left == right
     except Exception:
         return False
-
-
-def mask(tree: Any, template: Params, name: str = "mask") -> Any:
-    """Checks a mask and returns it as booleans; a leaf may be a scalar for the whole weight."""
-    if tree is None:
-        return None
-    concrete(name, tree)
-    weights = arrays.flat("params", template)
-    structures = [jax.tree.structure(x) for x in (tree, template)]
-    if not _equal(*structures):
-        raise ValueError(
-            f"{name} has structure {shown(structures[0])}, params have {shown(structures[1])}: give"
-            " a 0 or 1 (or an array of them) for each weight."
-        )
-    for (path, leaf), (weight, like) in zip(arrays.flat(name, tree), weights, strict=True):
-        known = isinstance(like, jax.ShapeDtypeStruct)
-        shape = like.shape if known else np.shape(arrays.array(weight, like, weight=True))
-        leaf = arrays.array(path, leaf)
-        if leaf.shape not in ((), shape):
-            raise ValueError(f"{path} has shape {leaf.shape}: give a scalar or shape {shape}.")
-        keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        if keys or not np.isin(np.asarray(leaf), (0, 1)).all():
-            raise ValueError(
-                f"{path} has values other than 0 and 1: 1 samples a weight, 0 holds it."
-            )
-    as_bool = jax.tree.map(lambda m: np.asarray(m) != 0, tree)
-    if not any(m.any() for m in jax.tree.leaves(as_bool)):
-        raise ValueError(
-            f"{name} is 0 everywhere: nothing would be sampled; set some weights to 1."
-        )
-    return as_bool
-
-
-def masks(trees: Any, template: Params) -> dict[str, Any]:
-    """Checks named masks; each leaf is a scalar in all of them, or an array in all."""
-    if not isinstance(trees, Mapping) or not trees:
-        raise ValueError(
-            f"masks={shown(trees)}: give {{name: mask}}, each as llc_jax.mask_by_path makes it, or"
-            " None for all weights."
-        )
-    found = []
-    for name, tree in trees.items():
-        if not isinstance(name, str):
-            raise ValueError(f"masks has the key {shown(name)}: give names.")
-        tree = jax.tree.map(lambda _: True, template) if tree is None else tree
-        found.append(mask(tree, template, f"masks[{name!r}]"))
-
-    def alike(like: Any, *leaves: np.ndarray) -> list[np.ndarray]:
-        shape = np.shape(like) if any(x.ndim for x in leaves) else ()
-        return [np.broadcast_to(x, shape) for x in leaves]
-
-    structure = jax.tree.structure(found[0])
-    columns = [
-        alike(*leaves)
-        for leaves in zip(jax.tree.leaves(template), *map(jax.tree.leaves, found), strict=True)
-    ]
-    rows = zip(*columns, strict=True)
-    return {name: jax.tree.unflatten(structure, row) for name, row in zip(trees, rows, strict=True)}
 
 
 def losses(

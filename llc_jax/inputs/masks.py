@@ -1,12 +1,16 @@
-"""Masks by the paths of weights: of layers, of heads, of slices of fused arrays."""
+"""Masks: made by the paths of weights, and checked."""
 
 import fnmatch
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from llc_jax.inputs import arrays, checks
+from llc_jax.inputs.scalars import shown
 from llc_jax.types import Params
 
 _SLICE = re.compile(r"\[([^\]]*)\]$")
@@ -82,3 +86,61 @@ def _index(pattern: str, text: str, path: str, shape: tuple[int, ...]) -> tuple[
     if not size:
         raise ValueError(f"pattern {pattern!r} selects nothing of {path}, which has shape {shape}.")
     return tuple(index)
+
+
+def check_mask(tree: Any, template: Params, name: str = "mask") -> Any:
+    """Checks a mask and returns it as booleans; a leaf may be a scalar for the whole weight."""
+    if tree is None:
+        return None
+    checks.concrete(name, tree)
+    weights = arrays.flat("params", template)
+    structures = [jax.tree.structure(x) for x in (tree, template)]
+    if not checks.same_structure(*structures):
+        raise ValueError(
+            f"{name} has structure {shown(structures[0])}, params have {shown(structures[1])}: give"
+            " a 0 or 1 (or an array of them) for each weight."
+        )
+    for (path, leaf), (weight, like) in zip(arrays.flat(name, tree), weights, strict=True):
+        known = isinstance(like, jax.ShapeDtypeStruct)
+        shape = like.shape if known else np.shape(arrays.array(weight, like, weight=True))
+        leaf = arrays.array(path, leaf)
+        if leaf.shape not in ((), shape):
+            raise ValueError(f"{path} has shape {leaf.shape}: give a scalar or shape {shape}.")
+        keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if keys or not np.isin(np.asarray(leaf), (0, 1)).all():
+            raise ValueError(
+                f"{path} has values other than 0 and 1: 1 samples a weight, 0 holds it."
+            )
+    as_bool = jax.tree.map(lambda m: np.asarray(m) != 0, tree)
+    if not any(m.any() for m in jax.tree.leaves(as_bool)):
+        raise ValueError(
+            f"{name} is 0 everywhere: nothing would be sampled; set some weights to 1."
+        )
+    return as_bool
+
+
+def check_masks(trees: Any, template: Params) -> dict[str, Any]:
+    """Checks named masks; each leaf is a scalar in all of them, or an array in all."""
+    if not isinstance(trees, Mapping) or not trees:
+        raise ValueError(
+            f"masks={shown(trees)}: give {{name: mask}}, each as llc_jax.mask_by_path makes it, or"
+            " None for all weights."
+        )
+    found = []
+    for name, tree in trees.items():
+        if not isinstance(name, str):
+            raise ValueError(f"masks has the key {shown(name)}: give names.")
+        tree = jax.tree.map(lambda _: True, template) if tree is None else tree
+        found.append(check_mask(tree, template, f"masks[{name!r}]"))
+
+    def alike(like: Any, *leaves: np.ndarray) -> list[np.ndarray]:
+        shape = np.shape(like) if any(x.ndim for x in leaves) else ()
+        return [np.broadcast_to(x, shape) for x in leaves]
+
+    structure = jax.tree.structure(found[0])
+    columns = [
+        alike(*leaves)
+        for leaves in zip(jax.tree.leaves(template), *map(jax.tree.leaves, found), strict=True)
+    ]
+    rows = zip(*columns, strict=True)
+    return {name: jax.tree.unflatten(structure, row) for name, row in zip(trees, rows, strict=True)}

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from llc_jax.observables import Estimated, Observed
+from llc_jax.observables import Estimated
+from llc_jax.recorder import Observed
 
 if TYPE_CHECKING:
     import xarray

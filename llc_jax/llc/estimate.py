@@ -11,7 +11,7 @@ import numpy as np
 from llc_jax import diagnostics
 from llc_jax.llc import soundness
 from llc_jax.llc.soundness import Anchor, Soundness
-from llc_jax.observables import Observed, observed
+from llc_jax.recorder import Observed, observed
 from llc_jax.sampling.chain import Plan, Trace
 from llc_jax.sampling.stability import largest_eigenvalue
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from llc_jax.ambient import undisturbed
 from llc_jax.inputs import checks
+from llc_jax.inputs.masks import check_mask, check_masks
 from llc_jax.llc.lanes import default_nbeta_of, estimate_lanes
 from llc_jax.llc.run import Lane
 from llc_jax.samplers.base import check_instance
@@ -166,10 +167,10 @@ def _masks(options: Options, params: Params) -> dict[str, Any]:
     """Takes mask or masks out of the options; checked, by name."""
     mask, masks = options.pop("mask", None), options.pop("masks", None)
     if masks is None:
-        return {NO_NAME: checks.mask(mask, params)}
+        return {NO_NAME: check_mask(mask, params)}
     if mask is not None:
         raise ValueError("mask and masks are given: put the one among the others.")
-    return checks.masks(masks, params)
+    return check_masks(masks, params)
 
 
 def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -12,7 +12,8 @@ from llc_jax.ambient import own_key, undisturbed
 from llc_jax.inputs import arrays, checks, weights
 from llc_jax.llc.estimate import LLCEstimate
 from llc_jax.llc.run import Lane, Run, Weighed
-from llc_jax.observables import Function, LossGap, LossTerms, checked, split
+from llc_jax.observables import Function, LossGap, LossTerms
+from llc_jax.recorder import checked, split
 from llc_jax.samplers.base import check_hyperparameters, step_variance
 from llc_jax.sampling.chain import Plan
 from llc_jax.sampling.posterior import default_nbeta

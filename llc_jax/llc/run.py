@@ -13,7 +13,7 @@ from llc_jax import parallel
 from llc_jax.ambient import undisturbed
 from llc_jax.llc import soundness
 from llc_jax.llc.estimate import LLCEstimate, summarize
-from llc_jax.observables import Recorder
+from llc_jax.recorder import Recorder
 from llc_jax.sampling import anchors
 from llc_jax.sampling.chain import Plan
 from llc_jax.sampling.posterior import LocalPosterior

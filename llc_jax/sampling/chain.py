@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from llc_jax.losses import losses_of, num_examples, take
-from llc_jax.observables import Draw, trait
+from llc_jax.observables import Draw
+from llc_jax.recorder import trait
 from llc_jax.samplers.base import sgld_step_size
 from llc_jax.sampling.posterior import LocalPosterior, evaluate
 from llc_jax.sampling.probe import Probe, look_at

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llc_jax import parallel
-from llc_jax.observables import Anchor, Recorder
+from llc_jax.observables import Anchor
 from llc_jax.parallel import CHAIN, CHECKPOINT
+from llc_jax.recorder import Recorder
 from llc_jax.sampling.chain import Plan, Trace, sample_chain
 from llc_jax.sampling.posterior import LocalPosterior
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream

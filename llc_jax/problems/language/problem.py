@@ -12,6 +12,7 @@ import numpy as np
 
 from llc_jax.inputs import checks
 from llc_jax.metrics.own import Inspection
+from llc_jax.observables import LossTerms
 from llc_jax.problems.base import Columns, Measurement, Problem, curves_of
 from llc_jax.problems.language import behavior, datasets, heldout, probes, structure, synthetic
 from llc_jax.problems.language.losses import LanguageLoss, LanguageOctaveLosses
@@ -227,5 +228,6 @@ def problem(training: Any, **given: Any) -> Language:
     return Language(
         name="language", loss_fn=LanguageLoss(model, training.chunk),
         data=lambda: {"tokens": source(training).train}, model=model, training=training,
-        observables={"parts": LanguageOctaveLosses(model, training.chunk)}, **given,
+        observables={"parts": LossTerms(LanguageOctaveLosses(model, training.chunk), keep=False)},
+        **given,
     )  # fmt: skip

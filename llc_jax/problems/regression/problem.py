@@ -11,6 +11,7 @@ import numpy as np
 
 from llc_jax.inputs import checks
 from llc_jax.metrics.own import Inspection
+from llc_jax.observables import LossTerms
 from llc_jax.problems.base import Columns, Measurement, Problem, curves_of
 from llc_jax.problems.regression import behavior, data, datasets, losses, structure
 from llc_jax.problems.regression.model import RegressionTransformer
@@ -175,6 +176,6 @@ def problem(training: Any, **given: Any) -> Regression:
     return Regression(
         name="regression", loss_fn=losses.RegressionLoss(model),
         data=functools.partial(draw, task, 2048, 1000),
-        observables={"parts": losses.RegressionTokenLosses(model)}, model=model, task=task,
-        **given,
+        observables={"parts": LossTerms(losses.RegressionTokenLosses(model), keep=False)},
+        model=model, task=task, **given,
     )  # fmt: skip
