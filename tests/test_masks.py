@@ -182,5 +182,5 @@ def test_bad_masks_are_refused(options, message):
 
 
 def test_calibrate_takes_one_mask():
-    with pytest.raises(ValueError, match="masks=.*: settings are chosen for one posterior"):
+    with pytest.raises(ValueError, match=r"masks=.*: settings are chosen for one posterior"):
         calibrate(jax.random.key(0), quadratic, W, DATA, masks=MASKS)
