@@ -134,7 +134,7 @@ class LossGap(Observable):
 
     def summarise(self, recorded: Recorded, nbeta: float) -> Estimated:
         """Returns λ̂."""
-        return _mean(nbeta * recorded.gap.astype(np.float64))
+        return _of_floats(nbeta * recorded.gap.astype(np.float64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class LossTerms(Observable):
 
     def summarise(self, recorded: np.ndarray, nbeta: float) -> Estimated:
         """Returns λ̂ of each term, [part]."""
-        return _mean(nbeta * recorded.astype(np.float64))
+        return _of_floats(nbeta * recorded.astype(np.float64))
 
     def check(self, name: str, loss_fn: LossFn, params: Params, batch: Batch, size: int) -> None:
         """Raises ValueError unless there is a row of terms for each example."""
@@ -244,7 +244,10 @@ def _mean(recorded: Any) -> Estimated | None:
     recorded = np.asarray(recorded)
     if not jnp.issubdtype(recorded.dtype, jnp.floating):
         return None
-    recorded = recorded.astype(np.float64)
+    return _of_floats(recorded.astype(np.float64))
+
+
+def _of_floats(recorded: np.ndarray) -> Estimated:
     with np.errstate(invalid="ignore", divide="ignore"):
         value = recorded.mean(axis=(0, 1)) if len(recorded) else recorded.sum((0, 1)) * np.nan
     return Estimated(value, diagnostics.mean_stderrs(recorded))

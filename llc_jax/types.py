@@ -22,7 +22,7 @@ class LossFn(Protocol):
     a fresh lambda compiles afresh.
     """
 
-    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+    def __call__(self, params: Params, batch: Batch, /) -> jax.Array:
         """Returns the losses of the examples in `batch`, shape [batch]."""
         ...
 
@@ -33,7 +33,7 @@ class PartsFn(Protocol):
     For example the loss at each token. Its identity must survive, like that of a `LossFn`.
     """
 
-    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+    def __call__(self, params: Params, batch: Batch, /) -> jax.Array:
         """Returns the parts of the losses of the examples in `batch`, shape [batch, part]."""
         ...
 
@@ -90,3 +90,7 @@ class Sampler(Protocol):
     def step(self, rng_key: jax.Array, state: Any, evaluate: Callable, mask: Params | None) -> Any:
         """Returns the next state and the evaluation before the step; consumes `rng_key`."""
         ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    def _replace(self, **hyperparameters: Any) -> Any: ...

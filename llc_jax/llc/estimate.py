@@ -199,7 +199,8 @@ def summarize(
       shared: see `Soundness`.
     """
     nbeta, loss = settings["nbeta"], trace.observed["loss_gap"]
-    healthy = np.isfinite([loss.loss, loss.gap, loss.distance]).all(axis=0)
+    probe: Any = trace.probe
+    healthy = np.all([np.isfinite(x) for x in (loss.loss, loss.gap, loss.distance)], axis=0)
     diverged_at = np.where(healthy.all(axis=1), -1, np.argmin(healthy, axis=1))
     finite = diverged_at < 0
     after = slice(plan.num_burnin, None)
@@ -211,16 +212,16 @@ def summarize(
     diagnosis = diagnostics.diagnose(gaps[finite], distance[finite].astype(np.float64))
     acceptance = np.full(len(finite), np.nan)
     probes = list(plan.probe_draws())
-    if probes and trace.probe.log_acceptance is not None:
-        log_ratio = trace.probe.log_acceptance[:, probes].astype(np.float64)
+    if probes and probe.log_acceptance is not None:
+        log_ratio = probe.log_acceptance[:, probes].astype(np.float64)
         acceptance[finite] = np.exp(np.minimum(log_ratio[finite], 0.0)).mean(axis=1)
     mean_of_batches = float(loss.anchor_loss[:, after].mean(dtype=np.float64))
     wanted = plan.num_probes > 0 and "step_size" in settings
     looked_at = sorted({0, *probes}) if probes else []
     agreement = soundness.agreement(
-        trace.probe.change[finite][:, probes], trace.probe.predicted[finite][:, probes]
+        probe.change[finite][:, probes], probe.predicted[finite][:, probes]
     )
-    coarse = trace.probe.heating[finite][:, probes]
+    coarse = probe.heating[finite][:, probes]
     stability = np.full(len(finite), np.nan)
     if trace.stability is not None:
         stability[finite] = largest_eigenvalue(trace.stability)[finite]
@@ -252,7 +253,7 @@ def summarize(
             nbeta=nbeta,
             anchor=anchor,
             agreement=agreement,
-            gradient=trace.probe.gradient[:, looked_at],
+            gradient=probe.gradient[:, looked_at],
             heating=max(heating, float(np.median(coarse)) if coarse.size else 0.0),
             second_derivatives=trace.stability is not None or not wanted,
             shared=shared,

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from llc_jax.inputs.scalars import shown
+from llc_jax.inputs.scalars import number, shown
 from llc_jax.llc.estimate import LLCEstimate
 
 
@@ -34,12 +34,12 @@ def extrapolate_step_size(coarse: LLCEstimate, fine: LLCEstimate) -> tuple[float
         for name in coarse.settings.keys() | fine.settings.keys()
         if coarse.settings.get(name) != fine.settings.get(name) and not name.startswith("num_")
     }
-    if set(differ) != {"step_size"} or differ["step_size"][0] <= differ["step_size"][1]:
+    big, small = (number(x) or math.nan for x in differ.get("step_size", (None, None)))
+    if set(differ) != {"step_size"} or not big > small:
         raise ValueError(
             f"estimates differ in {dict(sorted(differ.items()))}: give two that differ in step_size"
             " only, the larger first."
         )
-    big, small = differ["step_size"]
     weight = small / (big - small)
     value = fine.mean - weight * (coarse.mean - fine.mean)
     stderr = math.hypot((1 + weight) * fine.stderr, weight * coarse.stderr)

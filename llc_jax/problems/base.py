@@ -132,7 +132,8 @@ class Problem:
         if not isinstance(data, Stream):
             return jax.tree.map(lambda x: x[: num_data or None], data)
         checks.at_least("num_data", num_data, 1, "a stream has no end")
-        key, parts, size = jax.random.key(seed), [], 0
+        parts: list[Batch] = []
+        key, size = jax.random.key(seed), 0
         while size < num_data:
             parts.append(jax.device_get(data.batch_fn(jax.random.fold_in(key, len(parts)))))
             size += data_length(parts[-1])
@@ -228,7 +229,7 @@ def passes(open_checkpoints: Callable[[], Any]) -> Checkpoints:
     if not steps or len(set(steps)) < len(steps):
         found = f"step {next(s for s in steps if steps.count(s) > 1)} twice" if steps else "nothing"
         raise ValueError(f"checkpoints() gives {found}: give pairs (step, params), one for a step.")
-    under_way = iter(())
+    under_way: Iterator[tuple[int, Params]] = iter(())
 
     def read(step: int) -> Params:
         nonlocal under_way

@@ -20,13 +20,13 @@ class AdamSGLDState(NamedTuple):
       params: the position w_t.
       mean: m_t, running mean of the gradient, like params, at least float32.
       square: V_t, running mean of the squared gradient, like params, at least float32.
-      count: t, number of gradients in both, scalar of the widest dtype of params.
+      num_seen: t, number of gradients in both, scalar of the widest dtype of params.
     """
 
     params: Params
     mean: Params
     square: Params
-    count: jax.Array
+    num_seen: jax.Array
 
 
 class AdamSGLD(NamedTuple):
@@ -72,21 +72,21 @@ class AdamSGLD(NamedTuple):
         here = evaluate(state.params)
         mean = moving_average(self.momentum, state.mean, here.grad)
         square = moving_average(self.decay, state.square, jax.tree.map(jnp.square, here.grad))
-        state = AdamSGLDState(state.params, mean, square, state.count + 1)
-        correction = weight_seen(self.momentum, state.count)
+        state = AdamSGLDState(state.params, mean, square, state.num_seen + 1)
+        correction = weight_seen(self.momentum, state.num_seen)
 
         def average(drift, grad, m):
             # drift = nbeta grad + pull: exchange the gradient and leave the pull.
             return drift + here.nbeta.astype(m.dtype) * (m / correction.astype(m.dtype) - grad)
 
         drift = jax.tree.map(average, here.drift, here.grad, mean)
-        scale = inverse_root(state.square, weight_seen(self.decay, state.count), self.epsilon)
+        scale = inverse_root(state.square, weight_seen(self.decay, state.num_seen), self.epsilon)
         params = langevin_step(rng_key, state.params, drift, self.step_size, mask, scale)
         return state._replace(params=params), here
 
     def preconditioner(self, state: AdamSGLDState) -> Params:
         """G / (1 - momentum) after the last step, like params: the delay acts like longer steps."""
-        scale = inverse_root(state.square, weight_seen(self.decay, state.count), self.epsilon)
+        scale = inverse_root(state.square, weight_seen(self.decay, state.num_seen), self.epsilon)
         return jax.tree.map(lambda g: g / (1 - jnp.asarray(self.momentum, g.dtype)), scale)
 
     def ranges(self) -> dict[str, Range]:

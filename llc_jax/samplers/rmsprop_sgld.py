@@ -18,12 +18,12 @@ class RMSPropSGLDState(NamedTuple):
     Attributes:
       params: the position w_t.
       square: V_t, running mean of the squared gradient, like params, at least float32.
-      count: t, number of gradients in `square`, scalar of the widest dtype of params.
+      num_seen: t, number of gradients in `square`, scalar of the widest dtype of params.
     """
 
     params: Params
     square: Params
-    count: jax.Array
+    num_seen: jax.Array
 
 
 class RMSPropSGLD(NamedTuple):
@@ -92,16 +92,16 @@ class RMSPropSGLD(NamedTuple):
         """One step; consumes `rng_key`; returns the evaluation at the point before the step."""
         here = evaluate(state.params)
         square = moving_average(self.decay, state.square, jax.tree.map(jnp.square, here.grad))
-        state = RMSPropSGLDState(state.params, square, state.count + 1)
+        state = RMSPropSGLDState(state.params, square, state.num_seen + 1)
         scale = self.preconditioner(state)
         params = langevin_step(rng_key, state.params, here.drift, self.step_size, mask, scale)
         return state._replace(params=params), here
 
     def preconditioner(self, state: RMSPropSGLDState) -> Params:
         """G of the last step, like params."""
-        dtype = state.count.dtype
+        dtype = state.num_seen.dtype
         decay = jnp.asarray(self.decay, dtype)
-        correction = 1 - jnp.asarray(self.bias_correction, dtype) * decay**state.count
+        correction = 1 - jnp.asarray(self.bias_correction, dtype) * decay**state.num_seen
         return inverse_root(state.square, correction, self.epsilon)
 
     def ranges(self) -> dict[str, Range]:

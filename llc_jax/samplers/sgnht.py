@@ -109,4 +109,4 @@ def num_coordinates(tree: Params, mask: Params | None) -> jax.Array:
     kept = jax.tree.map(
         lambda leaf, m: jnp.sum(jnp.broadcast_to(jnp.asarray(m, bool), leaf.shape)), tree, mask
     )
-    return sum(jax.tree.leaves(kept)).astype(jnp.float32)
+    return jnp.float32(sum(jax.tree.leaves(kept)))
