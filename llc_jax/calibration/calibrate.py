@@ -4,7 +4,7 @@ Symbols as in `llc_jax.calibration.pilot`: ε, nβ, γ, and Λ, the largest curv
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from llc_jax.calibration.pilot import Pilot
 from llc_jax.calibration.result import Calibration
 from llc_jax.inputs import checks
 from llc_jax.inputs.masks import check_mask
+from llc_jax.llc.estimators import GridOptions
 from llc_jax.llc.lanes import default_nbeta_of
 from llc_jax.trees import Layout
 from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
@@ -42,7 +43,7 @@ def calibrate(
     num_chains: int = 4,
     relative_stderr: float = 0.02,
     report: Callable[[str], None] | None = None,
-    **options: Any,
+    **options: Unpack[GridOptions],
 ) -> Calibration:
     """Finds settings for `estimate_llc` at `params`, and says how far they decide the answer.
 
@@ -76,8 +77,8 @@ def calibrate(
       relative_stderr: the standard error to be reached by the draws that are advised, relative to
         λ̂.
       report: called with a line of text after each of the steps above, such as `print`.
-      **options: of `estimate_llc_over_settings`: batch_size, grad_accum, mask, setting_batch, ...;
-        not thinning and num_probes, which are chosen here.
+      **options: see `estimators.GridOptions`: batch_size, grad_accum, mask, setting_batch, ...; not
+        masks, and not thinning and num_probes, which are chosen here.
 
     Returns:
       A `Calibration`; `estimate_llc(key, loss_fn, params, data, **calibration.settings)`.
@@ -105,8 +106,8 @@ def calibrate(
         sampler = requests.default_sampler(data, options.get("batch_size"))
     fractions = np.asarray(step_fractions, float)
     fraction = float(fractions[chosen_row(fractions)])
-    options = {"num_chains": num_chains, **options}
-    pilot = Pilot(loss_fn, params, data, sampler, fraction, num_burnin, options)
+    given = {"num_chains": num_chains, **options}
+    pilot = Pilot(loss_fn, params, data, sampler, fraction, num_burnin, given)
     requests.check_estimate(rng_key, pilot, nbeta)
     pilot_key, grid_key, elsewhere_key = jax.random.split(rng_key, 3)
     rehearsal_key = jax.random.fold_in(elsewhere_key, 0)

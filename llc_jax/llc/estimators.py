@@ -19,12 +19,9 @@ from llc_jax.types import Batch, LossFn, Params, PartsFn, Sampler, Stream
 
 
 class Options(TypedDict, total=False):
-    """What all three functions take beside their own arguments.
+    """What all functions of this module, and `calibrate`, take beside their own arguments.
 
     Attributes:
-      num_chains: independent chains, all from w*; default 4.
-      num_draws: recorded draws per chain after burn-in; default 500.
-      num_burnin: recorded draws per chain that are thrown away first; default 500.
       batch_size: examples per minibatch, drawn with replacement; default all n of them (full
         batch, no noise). Not for a stream.
       thinning: sampler steps per recorded draw, the burn-in's too; default 1.
@@ -45,9 +42,6 @@ class Options(TypedDict, total=False):
       mesh: devices, axes (checkpoint, chain); default all devices (`parallel.make_mesh`).
     """
 
-    num_chains: int
-    num_draws: int
-    num_burnin: int
     batch_size: int | None
     thinning: int
     grad_accum: int
@@ -61,6 +55,33 @@ class Options(TypedDict, total=False):
     mesh: Mesh | None
 
 
+class ChainOptions(Options, total=False):
+    """The same, and how long chains are.
+
+    Attributes:
+      num_chains: independent chains, all from w*; default 4.
+      num_draws: recorded draws per chain after burn-in; default 500.
+      num_burnin: recorded draws per chain that are thrown away first; default 500.
+    """
+
+    num_chains: int
+    num_draws: int
+    num_burnin: int
+
+
+class GridOptions(Options, total=False):
+    """The same, for many settings of one checkpoint.
+
+    Attributes:
+      step: training step of the checkpoint; default 0.
+      setting_batch: settings in flight at once, over all devices, each of its masks counted;
+        default all; bounds memory.
+    """
+
+    step: int
+    setting_batch: int | None
+
+
 def estimate_llc(
     rng_key: jax.Array,
     loss_fn: LossFn,
@@ -72,7 +93,7 @@ def estimate_llc(
     nbeta: float | None = None,
     step: int = 0,
     checkpoint_batch: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[ChainOptions],
 ) -> Any:
     """Estimates the local learning coefficient at `params`.
 
@@ -86,7 +107,7 @@ def estimate_llc(
       nbeta: n times inverse temperature; default `default_nbeta(n)`, required for a stream.
       step: training step of the checkpoint; part of the identity of the random numbers.
       checkpoint_batch: masks in flight at once; default all; bounds memory.
-      **options: see `Options`.
+      **options: see `ChainOptions`.
 
     Returns:
       An `LLCEstimate`; with `masks`, {name: LLCEstimate}.
@@ -113,7 +134,7 @@ def estimate_llc_over_checkpoints(
     localization: float,
     nbeta: float | None = None,
     checkpoint_batch: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[ChainOptions],
 ) -> Iterator[tuple[int, Any]]:
     """Estimates the local learning coefficient at every checkpoint, one compiled program for all.
 
@@ -127,7 +148,7 @@ def estimate_llc_over_checkpoints(
       nbeta: see `estimate_llc`.
       checkpoint_batch: checkpoints in flight at once, over all devices, each of its masks counted;
         default 1, or all masks of one checkpoint; bounds memory.
-      **options: see `Options`.
+      **options: see `ChainOptions`.
 
     Returns:
       An iterator of (step, LLCEstimate), in the order given; with `masks`, of (step, {name:
@@ -163,7 +184,7 @@ def estimate_llc_over_checkpoints(
 NO_NAME = ""  # of a mask that is not one of several
 
 
-def _masks(options: Options, params: Params) -> dict[str, Any]:
+def _masks(options: Any, params: Params) -> dict[str, Any]:
     """Takes mask or masks out of the options; checked, by name."""
     mask, masks = options.pop("mask", None), options.pop("masks", None)
     if masks is None:
@@ -190,7 +211,7 @@ def estimate_llc_over_settings(
     nbeta: Any = None,
     step: int = 0,
     setting_batch: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[ChainOptions],
 ) -> Any:
     """Estimates the local learning coefficient at `params` for a grid of settings, all at once.
 
@@ -208,7 +229,7 @@ def estimate_llc_over_settings(
         against each other, e.g. step sizes [5, 1, 1], nbeta [3, 1] and localization [3].
       step: training step of the checkpoint.
       setting_batch: settings in flight at once, over all devices; default all; bounds memory.
-      **options: see `Options`.
+      **options: see `ChainOptions`.
 
     Returns:
       Object array of `LLCEstimate`, of the broadcast shape; with `masks`, {name: such an array}.
