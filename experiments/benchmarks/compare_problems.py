@@ -1,9 +1,8 @@
 """The problems of `compare_devinterp`: losses in JAX, weights near a minimum, data, settings.
 
-Step sizes are about 0.4/Λ_max (Λ = nbeta h + γ at the anchor), and γ is large enough
-that the slowest direction, with 2/(ε γ) steps to forget its start, is in equilibrium within the
-burn-in: with the published γ = 1 of deep linear networks no affordable run is stationary, and a
-standard error would mean nothing.
+Step sizes are about 0.4/Λ_max (Λ = nbeta h + γ at the anchor). γ is large enough that the slowest
+direction, with 2/(ε γ) steps to forget its start, is in equilibrium within the burn-in: with the
+published γ = 1 of deep linear networks no run is stationary, and a standard error means nothing.
 """
 
 import functools
