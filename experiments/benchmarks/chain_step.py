@@ -68,8 +68,8 @@ def measure(config: Config, batch_size: int) -> tuple[dict, dict[str, np.ndarray
             " more chains than it counts: give a multiple, or --num_devices."
         )
     args = programs.arguments(problem, mesh, max(1024, config.num_chains * batch_size))
-    params = jax.tree.map(lambda x: x[0], args[2])
-    data = jax.tree.map(lambda x: x[: config.num_chains * batch_size], args[4])
+    params = jax.tree.map(lambda x: x[0], args[1].anchor)
+    data = jax.tree.map(lambda x: x[: config.num_chains * batch_size], args[5])
     bare_args = parallel.place((params, data, jnp.float32(1e-3)), mesh)
 
     seconds, runs = {}, {}
