@@ -69,7 +69,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_estimate(rng_key: jax.Array, pilot: Any, nbeta: float) -> None:
-    """The checks of an estimate on the problem of a `Pilot`, of which nothing is run."""
+    """Checks an estimate of the problem of a `Pilot` without running it."""
     base.check_instance(pilot.sampler)
     estimate_llc_over_checkpoints(
         rng_key, pilot.loss_fn, [(pilot.options.get("step", 0), pilot.params)], pilot.data,

@@ -26,9 +26,9 @@ class Curvature(NamedTuple):
       trace: tr H, in units of the loss per squared weight, like the eigenvalues.
       trace_stderr: its standard error over probes.
       largest: [m] largest eigenvalues, decreasing.
-      largest_residuals: [m] how far off they can be, but for rounding.
+      largest_residuals: [m] bound of the error of each, rounding left out.
       smallest: [m] smallest eigenvalues, increasing.
-      smallest_residuals: [m] how far off they can be, but for rounding.
+      smallest_residuals: [m] bound of the error of each, rounding left out.
       gaussian_llc: λ̂ of the quadratic form; nan where it has none (`curvature.gaussian_llc`).
       gaussian_llc_stderr: its standard error over probes.
       positive_llc: the same with negative eigenvalues set to 0.

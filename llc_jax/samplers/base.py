@@ -81,7 +81,7 @@ def ranges(sampler: Sampler) -> dict[str, Range]:
 
 @_own_or_this
 def with_step_size(sampler: Sampler, step_size: Any, localization: Any) -> Sampler:
-    """The sampler with this step size, and with whatever else suits it under this localization.
+    """The sampler with this step size, and what else it sets by the localization.
 
     Args:
       sampler: gives the kind and the other hyperparameters.

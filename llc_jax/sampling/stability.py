@@ -2,7 +2,7 @@
 
 Langevin samplers are unstable on a quadratic where it passes 4, whatever the trace looks like,
 and their step bias is about a quarter of it in the stiffest direction. It is measured where the
-chain is, not at the anchor: flat directions wander off, and there the curvature is another one.
+chain is, not at the anchor: flat directions wander off, and the curvature differs there.
 """
 
 import jax
