@@ -181,7 +181,7 @@ def ritz_values(tridiagonal: Tridiagonal, rows: int = 1) -> RitzValues:
 def largest_eigenvalue(tridiagonal: Tridiagonal) -> np.ndarray:
     """Largest eigenvalue of T, on the host in float64, with the leading axes of T.
 
-    0 if none is positive; nan if an entry is not finite. Apart from rounding, never above that of A.
+    0 if none is positive; nan if an entry is not finite. Never above that of A, rounding apart.
     """
     _, t = _precise(tridiagonal)
     matrix, finite = _dense(np, t.diagonal, t.couplings)

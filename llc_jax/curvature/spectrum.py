@@ -29,7 +29,7 @@ class Eigenvalues:
     Attributes:
       largest: [m] in decreasing order; nan for those that do not exist.
       smallest: [m] in increasing order, the most negative first.
-      largest_residuals: [m] |H q - θ q| for each: apart from rounding, an eigenvalue lies that close
+      largest_residuals: [m] |H q - θ q| for each: an eigenvalue lies within it, rounding apart
         (float32: about 1e-6 of the largest absolute one).
       smallest_residuals: [m] the same.
     """
