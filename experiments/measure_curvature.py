@@ -146,19 +146,10 @@ def adopt_older(folder: pathlib.Path) -> None:
 
 def table(whole):
     """One line per checkpoint, as CSV with all digits; the eigenvalues in columns of their own."""
-    import pandas
-
     from llc_jax import Curvature
+    from llc_jax.metrics import own
 
-    columns = {}
-    for name in Curvature._fields:
-        values = whole[name].values
-        if values.ndim == 1:
-            columns[name] = values
-        else:
-            columns |= {f"{name}_{i}": x for i, x in enumerate(values.T, 1)}
-    frame = pandas.DataFrame(columns, index=whole.checkpoint.values).rename_axis("step")
-    return frame.to_csv(lineterminator="\n")
+    return own.table(whole[list(Curvature._fields)]).to_csv(lineterminator="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The problem of a command: what its workdir was trained on, one of ours by name, or a file's."""
 
 import functools
+import importlib
 import importlib.util
 import pathlib
 import sys
@@ -39,8 +40,8 @@ def of_run(folder: str, name: str = "") -> Problem:
     experiment = f"train_{name}"
     if name and experiment not in TRAINED:
         raise ValueError(
-            f"problem={name!r}: give the path of a file, path/to/mine.py, or one of regression,"
-            " language, deep_linear."
+            f"problem={name!r}: give the path of a file, path/to/mine.py, or one of"
+            f" {', '.join([*(x.removeprefix('train_') for x in TRAINED), *cli.ALONE])}."
         )
     if not name:
         experiment = training.record(folder).get("experiment", "train_regression")
@@ -50,15 +51,13 @@ def of_run(folder: str, name: str = "") -> Problem:
 
 
 def alone(path: str) -> Problem:
-    """A problem that needs no training run: `PROBLEM` of a file, which is run, or deep_linear.
+    """A problem that needs no training run: `PROBLEM` of a file, which is run, or one of ours.
 
     Raises:
       ValueError: if the file is not there, or has none.
     """
-    if path == "deep_linear":
-        from llc_jax.problems.deep_linear.problem import problem
-
-        return problem()
+    if path in cli.ALONE:
+        return importlib.import_module(cli.ALONE[path]).problem()
     found = getattr(module_of(path), "PROBLEM", None)
     if not isinstance(found, Problem):
         raise ValueError(

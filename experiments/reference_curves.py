@@ -227,12 +227,11 @@ def estimates(folder: pathlib.Path) -> Table:
     """Reads λ̂ of a sweep, that of each example too if it has them: llc, llc_1, ..."""
     import pandas
 
-    from llc_jax.storage.results import load_sweep
+    from llc_jax.storage.results import load_sweep, parts_of
 
     sweep = load_sweep(folder)
     columns = {"llc": sweep.llc.values, "llc_stderr": sweep.stderr.values}
-    if "parts" in sweep:
-        for k in range(sweep.sizes["part"]):
-            columns[f"llc_{k + 1}"] = sweep.parts.values[:, k]
-            columns[f"llc_{k + 1}_stderr"] = sweep.parts_stderr.values[:, k]
+    if parts := parts_of(sweep):
+        for k, (values, errors) in enumerate(zip(*(x.values.T for x in parts), strict=True), 1):
+            columns[f"llc_{k}"], columns[f"llc_{k}_stderr"] = values, errors
     return Table(pandas.DataFrame(columns, index=sweep.checkpoint.values), {})

@@ -22,10 +22,18 @@ def map_examples(function: PartsFn, params: Params, data: Batch, chunk: int) -> 
     n = num_examples(data)
     if n <= chunk:
         return losses_of(function, params, data)
-    # The last chunk begins anew: all are of one shape.
-    rows = (jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32) % n).reshape(-1, chunk)
+    return at_rows(function, params, data, rows_in_order(n, chunk))[:n]
+
+
+def rows_in_order(n: int, chunk: int) -> jax.Array:
+    """Rows 0 to n - 1, int32 [k, chunk]; the last chunk is filled up from row 0."""
+    return (jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32) % n).reshape(-1, chunk)
+
+
+def at_rows(function: PartsFn, params: Params, data: Batch, rows: jax.Array) -> jax.Array:
+    """Returns `function` of the examples `rows` [k, chunk], a chunk at a time: [k * chunk, ...]."""
     found = jax.lax.map(lambda r: losses_of(function, params, take(data, r)), rows)
-    return found.reshape(-1, *found.shape[2:])[:n]
+    return found.reshape(-1, *found.shape[2:])
 
 
 def loss_and_grad(

@@ -416,3 +416,32 @@ def test_deep_linear_stands_alone(tmp_path):
     assert re.search(rf"coefficient {exact:g}$", problem.title)
     assert results.finished_steps(tmp_path / "llc") == [0]
     assert jnp.all(problem.loss_fn(problem.saved()[0], problem.data()) < 1e-9)
+
+
+TERMS = """
+import dataclasses
+from llc_jax.observables import LossTerms
+
+def terms(params, batch):
+    whole = loss_fn(params, batch)
+    return jnp.stack([0.25 * whole, 0.75 * whole], axis=1)
+
+PROBLEM = dataclasses.replace(PROBLEM, observables={"parts": LossTerms(terms, keep=KEEP)})
+"""
+
+
+def test_terms_of_a_problem_are_in_its_report_whether_their_draws_are_kept_or_not(mine, tmp_path):
+    found = []
+    for keep in (True, False):
+        path, workdir = tmp_path / f"terms_{keep}.py", tmp_path / f"run_{keep}"
+        path.write_text(mine.read_text() + TERMS.replace("KEEP", str(keep)))
+        for module in (estimate_llc, find_stages, make_report):
+            module.run(config(module, path, workdir))
+        sweep = results.load_sweep(workdir / "llc")
+        assert ("parts_mean" in sweep) == keep
+        parts, stderr = (x.values for x in results.parts_of(sweep))
+        np.testing.assert_allclose(parts, sweep.llc.values[:, None] * [0.25, 0.75], rtol=1e-5)
+        assert (workdir / "figures" / "parts.png").stat().st_size > 0
+        assert "llc_part_1_stderr" in (workdir / "results.csv").read_text()
+        found.append((parts, stderr))
+    np.testing.assert_array_equal(*found)

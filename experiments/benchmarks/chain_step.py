@@ -69,7 +69,7 @@ def measure(config: Config, batch_size: int) -> tuple[dict, dict[str, np.ndarray
         )
     args = programs.arguments(problem, mesh, max(1024, config.num_chains * batch_size))
     params = jax.tree.map(lambda x: x[0], args[1].anchor)
-    data = jax.tree.map(lambda x: x[: config.num_chains * batch_size], args[5])
+    data = jax.tree.map(lambda x: x[: config.num_chains * batch_size], args[4])
     bare_args = parallel.place((params, data, jnp.float32(1e-3)), mesh)
 
     seconds, runs = {}, {}

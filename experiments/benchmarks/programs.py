@@ -83,7 +83,6 @@ def build(problem: Problem, num_data: int, num_checkpoints: int) -> tuple:
         LocalPosterior(anchors, number(30.0), number(300.0), None, steps),
         SGLD(number(1e-5)),
         jnp.zeros((num_checkpoints, num_data)),
-        {"loss_gap": None},
         problem.draw(data_key, num_data),
         [],
     )
@@ -108,8 +107,8 @@ def shapes(problem: Problem, mesh: Mesh, num_data: int, num_checkpoints: int = 1
 def shardings(values: tuple, mesh: Mesh) -> tuple:
     """What has a checkpoint axis split over the mesh as `sample` splits it, the rest replicated."""
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(CHECKPOINT))
-    # key, posteriors, sampler, references, prepared, data, arrays of observables
-    axes = (whole, split, split, split, split, whole, whole)
+    # key, posteriors, sampler, references, data, arrays of observables
+    axes = (whole, split, split, split, whole, whole)
     return tuple(
         jax.tree.map(lambda _, to=to: to, part) for part, to in zip(values, axes, strict=True)
     )

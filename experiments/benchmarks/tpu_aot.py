@@ -79,7 +79,7 @@ def fill(total: int, num_chains: int, devices: list[Any]) -> int:
 def lower_anchor(args: tuple, loss_fn, batch_size: int, mesh: Mesh):
     """Lowers the program of the losses of the anchors, for a single pass over a minibatch."""
     rows = jax.ShapeDtypeStruct((0, batch_size), jnp.int32, sharding=jax.NamedSharding(mesh, P()))
-    return anchors.losses_at.lower(args[1].anchor, args[5], rows, loss_fn=loss_fn, mesh=mesh)
+    return anchors.losses_at.lower(args[1].anchor, args[4], rows, loss_fn=loss_fn, mesh=mesh)
 
 
 def cost(program: Any) -> collections.Counter:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from llc_jax.ambient import own_key, together, undisturbed
-from llc_jax.curvature.hessian import HessianProduct, hvp
+from llc_jax.curvature.hessian import HessianProduct
 from llc_jax.curvature.krylov import DensitySizes, quadratic_forms, tridiagonal, tridiagonals
 from llc_jax.curvature.lanczos import ritz_values
 from llc_jax.curvature.spectrum import (
@@ -29,19 +29,6 @@ from llc_jax.curvature.spectrum import (
 from llc_jax.inputs import checks
 from llc_jax.trees import Layout
 from llc_jax.types import Params
-
-__all__ = [
-    "Eigenvalues",
-    "HessianProduct",
-    "ProbeMean",
-    "SpectralDensity",
-    "deflated_trace",
-    "gaussian_llc",
-    "hutchinson_trace",
-    "hvp",
-    "spectral_density",
-    "top_eigenvalues",
-]  # fmt: skip
 
 Matvec = Callable[[Params], Params]
 

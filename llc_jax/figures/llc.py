@@ -22,7 +22,7 @@ from llc_jax.figures.base import (
     shades,
     stage_bands,
 )
-from llc_jax.storage.results import llc_with_published_init
+from llc_jax.storage.results import llc_with_published_init, parts_of
 
 
 def loss_over_steps(
@@ -129,7 +129,7 @@ def parts_figure(
 
     Args:
       sweep: `xarray.Dataset` of `LLCEstimate.to_xarray` with a leading dimension checkpoint and
-        the variables `parts` and `parts_stderr`.
+        λ̂ of parts, see `storage.results.parts_of`.
       stages: of `llc_jax.find_stages`; may be empty.
       part: what a part of the loss is.
       labels: of the parts; by default k = 1 to K, of which three are named.
@@ -137,7 +137,8 @@ def parts_figure(
     figure = InlineFigure(figsize=(9.6, 4.2), layout="constrained")
     ax = figure.subplots()
     steps = sweep.checkpoint.values
-    per_part(ax, steps, sweep.parts.values, errors=sweep.parts_stderr.values, labels=labels)
+    values, errors = (x.values for x in parts_of(sweep) or ())
+    per_part(ax, steps, values, errors=errors, labels=labels)
     ax.plot(steps, sweep.llc.values, color=INK, lw=1.5, ls="--", label="whole loss")
     ax.set_ylabel(f"{LLC} of the\nloss at {part}")
     finish(figure, [ax], steps, stages)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llc_jax.ambient import undisturbed
+from llc_jax.checkpoint_map import chunks
 from llc_jax.inputs import checks
 from llc_jax.inputs.masks import check_mask, check_masks
 from llc_jax.llc.lanes import default_nbeta_of, estimate_lanes
@@ -177,7 +178,7 @@ def estimate_llc_over_checkpoints(
         return ((lane.here.step, estimate) for lane, estimate in estimates)
     return (
         (group[0][0].here.step, {lane.name: estimate for lane, estimate in group})
-        for group in _groups(estimates, len(masks))
+        for group in chunks(estimates, len(masks))
     )
 
 
@@ -192,11 +193,6 @@ def _masks(options: Any, params: Params) -> dict[str, Any]:
     if mask is not None:
         raise ValueError("mask and masks are given: put the one among the others.")
     return check_masks(masks, params)
-
-
-def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while group := list(itertools.islice(items, size)):
-        yield group
 
 
 @undisturbed()

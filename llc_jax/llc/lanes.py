@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from llc_jax import parallel
 from llc_jax.ambient import own_key, undisturbed
+from llc_jax.checkpoint_map import chunks
 from llc_jax.inputs import arrays, checks, weights
 from llc_jax.llc.estimate import LLCEstimate
 from llc_jax.llc.run import Lane, Run, Weighed
@@ -49,16 +50,12 @@ def estimate_lanes(
     run, weigh = prepare(rng_key, loss_fn, first, data, **options)
     weighed = weigh(first)  # before anything compiles; what comes later when it is read
 
-    def chunks() -> Iterator[list[Weighed]]:
-        # Not within `undisturbed`: the iterator is the caller's, and may want its surroundings.
-        rest = itertools.chain([weighed], map(weigh, lanes))
-        while chunk := list(itertools.islice(rest, run.lane_batch)):
-            yield chunk
-
     def estimates() -> Iterator[tuple[Lane, LLCEstimate]]:
         # One chunk is always in flight while the one before it is fetched. A checkpoint that cannot
         # be read or evaluated must not take the finished one before it along.
-        placed, pending, source = run.place(), None, chunks()
+        # Read outside of `undisturbed`: the iterator of the caller may want its surroundings.
+        source = chunks(itertools.chain([weighed], map(weigh, lanes)), run.lane_batch)
+        placed, pending = run.place(), None
         while True:
             try:
                 chunk = next(source, None)

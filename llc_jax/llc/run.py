@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from llc_jax import parallel
 from llc_jax.ambient import undisturbed
+from llc_jax.checkpoint_map import stack
 from llc_jax.llc import soundness
 from llc_jax.llc.estimate import LLCEstimate, summarize
 from llc_jax.recorder import Recorder
 from llc_jax.sampling import anchors
 from llc_jax.sampling.chain import Plan
 from llc_jax.sampling.posterior import LocalPosterior
-from llc_jax.sampling.program import prepare, sample
+from llc_jax.sampling.program import sample
 from llc_jax.types import Batch, LossFn, Sampler, Stream
 
 
@@ -91,9 +92,8 @@ class Run(NamedTuple):
     def dispatch(self, chunk: list[Weighed]) -> tuple[list[soundness.Anchor], Any]:
         """Starts the chains of a few lanes; no more of them than the program has room for."""
         lanes = [weighed.lane for weighed in chunk]
-        # The last chunk repeats its last lane: same shapes, no second compilation.
-        full = lanes + lanes[-1:] * (self.padded[0] - len(lanes))
-        here, sampler = parallel.place(_stacked(full), self.mesh, parallel.CHECKPOINT)
+        stacked = stack([_on_host(lane) for lane in lanes], self.padded[0])
+        here, sampler = parallel.place(stacked, self.mesh, parallel.CHECKPOINT)
         references, found = None, [soundness.Anchor.unknown()] * len(lanes)
         if self.stream is None:
             references, again = anchors.losses_at(
@@ -105,13 +105,11 @@ class Run(NamedTuple):
                 soundness.anchor_of(losses, more, rows, self.dtype)
                 for (losses, more), _ in zip(looked_at, lanes, strict=False)
             ]
-        shared = {
-            "loss_fn": self.loss_fn, "stream": self.stream, "plan": self.plan, "mesh": self.mesh,
-            "recorder": self.recorder,
-        }  # fmt: skip
-        prepared = prepare(here.anchor, self.data, self.held, **shared)
-        args = self.rng_key, here, sampler, references, prepared, self.data, self.held
-        sampled = functools.partial(sample, num_chains=self.padded[1], **shared)
+        args = self.rng_key, here, sampler, references, self.data, self.held
+        sampled = functools.partial(
+            sample, loss_fn=self.loss_fn, stream=self.stream, plan=self.plan, mesh=self.mesh,
+            num_chains=self.padded[1], recorder=self.recorder,
+        )  # fmt: skip
         if all(anchor.num_bad for anchor in found):  # nothing that a chain could add
             return found, jax.tree.map(_nothing, jax.eval_shape(sampled, *args))
         return found, sampled(*args)
@@ -162,16 +160,14 @@ class Run(NamedTuple):
 _SETTINGS = ("num_chains", "num_draws", "num_burnin", "thinning", "batch_size", "grad_accum")
 
 
-def _stacked(lanes: list[Lane]) -> tuple[LocalPosterior, Sampler]:
-    """The posteriors and samplers of lanes as two, with a leading axis, on the host."""
-    numbers = [(lane.here.nbeta, lane.here.localization, lane.sampler) for lane in lanes]
-    trees = [(lane.here.anchor, lane.here.mask) for lane in lanes]
-    nbeta, localization, sampler = jax.tree.map(
-        lambda *x: np.asarray(x, jnp.result_type(float)), *numbers
+def _on_host(lane: Lane) -> tuple[LocalPosterior, Sampler]:
+    """The posterior and the sampler of a lane, with arrays for numbers."""
+    here, sampler = jax.tree.map(
+        lambda x: np.asarray(x, jnp.result_type(float)),
+        (lane.here._replace(anchor=None, mask=None, step=None), lane.sampler),
     )
-    anchor, mask = jax.tree.map(lambda *x: np.stack([np.asarray(a) for a in x]), *trees)
-    steps = np.asarray([lane.here.step for lane in lanes], np.uint32)
-    return LocalPosterior(anchor, nbeta, localization, mask, steps), sampler
+    step = np.uint32(lane.here.step)
+    return here._replace(anchor=lane.here.anchor, mask=lane.here.mask, step=step), sampler
 
 
 def _nothing(shape: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -186,32 +186,36 @@ class Problem:
         Args:
           found: results of the workdir: sweep, stages, curve, and behavior or None.
         """
+        from llc_jax.figures.llc import parts_figure
         from llc_jax.figures.metrics import metrics_figure
 
-        if found.behavior is None:
-            return {}
-        in_order = found.behavior[list(self.metrics)]  # files have an order of their own
-        return {"metrics": metrics_figure(in_order, stages=found.stages)}
+        drawn = {}
+        if "parts" in found.sweep:
+            drawn["parts"] = parts_figure(found.sweep, stages=found.stages, part="part k")
+        if found.behavior is not None:
+            in_order = found.behavior[list(self.metrics)]  # files have an order of their own
+            drawn["metrics"] = metrics_figure(in_order, stages=found.stages)
+        return drawn
 
     def details(self, found: Any) -> dict[str, Any]:
         """Figures that would overload the report."""
         return {}
 
+    @property
+    def curve_names(self) -> Mapping[str, str]:
+        """What has a slope to be drawn beside that of λ̂: label -> variable of the behavior."""
+        return {name: name for name in self.metrics}
+
     def curves(self, found: Any) -> dict[str, tuple]:
-        """What has a slope to be drawn beside that of λ̂: name -> (steps, values)."""
-        return curves_of(found.behavior, {name: name for name in self.metrics})
+        """Those of one value per checkpoint: label -> (steps, values)."""
+        if found.behavior is None:
+            return {}
+        every = {label: found.behavior[name] for label, name in self.curve_names.items()}
+        return {name: (x.checkpoint.values, x.values) for name, x in every.items() if x.ndim == 1}
 
     def pages(self, folder: Any, found: Any) -> dict[str, str]:
         """HTML pages beside the report, from what was measured into a folder: name -> page."""
         return {}
-
-
-def curves_of(behavior: Any, names: Mapping[str, str]) -> dict[str, tuple]:
-    """Variables of a Dataset that have one value per checkpoint: label -> (steps, values)."""
-    if behavior is None:
-        return {}
-    one = {label: behavior[name] for label, name in names.items() if behavior[name].ndim == 1}
-    return {label: (x.checkpoint.values, x.values) for label, x in one.items()}
 
 
 def passes(open_checkpoints: Callable[[], Any]) -> Checkpoints:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from llc_jax.figures import base as draw
 from llc_jax.figures import chains, llc
 from llc_jax.report import text as words
+from llc_jax.storage.results import parts_of
 
 
 def render_figures(sweep, **training) -> dict[str, Figure]:
@@ -283,11 +284,11 @@ def _frame(sweep):
         stability=finite.stability.max("chain"),
         acceptance=finite.acceptance.mean("chain"),
     )
-    if "parts" in sweep:
+    if parts := parts_of(sweep):
         for k, name in enumerate(sweep["part"].values):
-            of_part = sweep[["parts", "parts_stderr"]].isel(part=k, drop=True)
-            scalars[f"llc_part_{name}"] = of_part.parts
-            scalars[f"llc_part_{name}_stderr"] = of_part.parts_stderr
+            value, stderr = (x.isel(part=k, drop=True) for x in parts)
+            scalars[f"llc_part_{name}"] = value
+            scalars[f"llc_part_{name}_stderr"] = stderr
     frame = scalars.reset_coords(drop=True).to_dataframe().rename_axis("step")
     texts = ["verdict", "warnings"]
     return frame[[*frame.columns.drop(texts), *texts]]

@@ -80,15 +80,25 @@ class BAOAB(NamedTuple):
 
     def with_step_size(self, step_size: Any, localization: Any) -> Self:
         """Sets the friction, too: critical for directions without curvature."""
-        return self._replace(step_size=step_size, friction=2 * np.sqrt(localization))
+        return critical(self, step_size, localization)
 
     def relaxation_steps(self, localization: Any) -> np.ndarray:
         """τ = 1 / sqrt(ε γ), at the friction of `with_step_size`."""
-        return 1 / np.sqrt(np.asarray(self.step_size, float) * localization)
+        return critical_relaxation(self.step_size, localization)
 
     def stationary_variance(self, curvature: Any) -> Any:
         """1/Λ."""
         return 1 / curvature
+
+
+def critical(sampler: Any, step_size: Any, localization: Any) -> Any:
+    """A sampler with momenta, and the friction 2 sqrt(γ): critical where there is no curvature."""
+    return sampler._replace(step_size=step_size, friction=2 * np.sqrt(localization))
+
+
+def critical_relaxation(step_size: Any, localization: Any) -> np.ndarray:
+    """τ = 1 / sqrt(ε γ) of `critical`."""
+    return 1 / np.sqrt(np.asarray(step_size, float) * localization)
 
 
 def at_rest(params: Params) -> Params:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llc_jax.samplers.baoab import advance, at_rest, kick, ou_step
+from llc_jax.samplers.baoab import advance, at_rest, critical, critical_relaxation, kick, ou_step
 from llc_jax.samplers.base import POSITIVE, Range
 from llc_jax.trees import apply_mask, standard_normal_like, vdot, widest
 from llc_jax.types import Evaluation, Params
@@ -91,11 +91,11 @@ class SGNHT(NamedTuple):
 
     def with_step_size(self, step_size: Any, localization: Any) -> Self:
         """Sets the friction, too: critical for directions without curvature."""
-        return self._replace(step_size=step_size, friction=2 * np.sqrt(localization))
+        return critical(self, step_size, localization)
 
     def relaxation_steps(self, localization: Any) -> np.ndarray:
         """τ = 1 / sqrt(ε γ), at the friction of `with_step_size`."""
-        return 1 / np.sqrt(np.asarray(self.step_size, float) * localization)
+        return critical_relaxation(self.step_size, localization)
 
     def stationary_variance(self, curvature: Any) -> Any:
         """1/Λ but for a share of order 1/d."""

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llc_jax import parallel
-from llc_jax.losses import losses_of, num_examples, take
+from llc_jax.losses import at_rows, losses_of, num_examples, rows_in_order, take
 from llc_jax.parallel import CHECKPOINT
 from llc_jax.sampling.chain import minibatch, step_keys
 from llc_jax.trees import at_least_float32
@@ -57,21 +57,15 @@ def losses_at(
       company).
     """
     n, (count, chunk) = num_examples(data), again.shape
-    num_chunks = -(-n // chunk)
-    in_order = (jnp.arange(num_chunks * chunk) % n).reshape(num_chunks, chunk)
     order = other_company(count, chunk)
 
     def local(checkpoints, data, again):
-        rows = jnp.concatenate([in_order.astype(again.dtype), again])
+        rows = jnp.concatenate([rows_in_order(n, chunk), again])
         mixed = again.reshape(-1)[order].reshape(count, chunk)
 
         def one(params):
-            def of(params: Params, rows: jax.Array) -> jax.Array:
-                found = jax.lax.map(lambda r: losses_of(loss_fn, params, take(data, r)), rows)
-                return found.ravel()
-
-            losses = of(params, rows)
-            beside = of(_beside(params), jnp.concatenate([again, mixed]))
+            losses = at_rows(loss_fn, params, data, rows)
+            beside = at_rows(loss_fn, _beside(params), data, jnp.concatenate([again, mixed]))
             here, there, moved = losses[-count * chunk :], *jnp.split(beside, 2)
             moved = moved[np.argsort(order)]
             return losses[:n], jnp.stack([here, there, moved]).reshape(3, count, chunk)

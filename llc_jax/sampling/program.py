@@ -1,7 +1,6 @@
 """Many chains and checkpoints as one compiled, sharded program."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from llc_jax.parallel import CHAIN, CHECKPOINT
 from llc_jax.recorder import Recorder
 from llc_jax.sampling.chain import Plan, Trace, sample_chain
 from llc_jax.sampling.posterior import LocalPosterior
-from llc_jax.types import Batch, LossFn, Params, Sampler, Stream
+from llc_jax.types import Batch, LossFn, Sampler, Stream
 
 
 @functools.partial(
@@ -25,7 +24,6 @@ def sample(
     posteriors: LocalPosterior,
     sampler: Sampler,
     references: jax.Array | None,
-    prepared: dict[str, Any],
     data: Batch | None,
     held: list[jax.Array],
     *,
@@ -45,7 +43,6 @@ def sample(
         uint32. A grid of settings, or of masks, is one checkpoint over and over.
       sampler: sampler whose hyperparameters are [checkpoint].
       references: losses [checkpoint, n] at the anchors, see `anchors.losses_at`; None for a stream.
-      prepared: see `prepare`.
       data: finite data set, replicated; None with a `stream`.
       held: arrays of the observables, replicated.
       loss_fn: static.
@@ -59,11 +56,13 @@ def sample(
       A `Trace` with leading axes [checkpoint, chain].
     """
 
-    def local(key, chains, posteriors, sampler, references, prepared, data, held):
+    def local(key, chains, posteriors, sampler, references, data, held):
         observables = recorder.join(held)
 
-        def one_checkpoint(here, sampler, reference, prepared):
+        def one_checkpoint(here, sampler, reference):
             key_s = jax.random.fold_in(key, here.step)
+            at = Anchor(loss_fn, here.anchor, stream or data, plan.micro_batch)
+            prepared = {name: x.prepare(at) for name, x in observables.items()}
 
             def one_chain(chain):
                 return sample_chain(
@@ -73,44 +72,17 @@ def sample(
 
             return parallel.map_in_batches(one_chain, chains, plan.chain_batch)
 
-        return parallel.vmap(one_checkpoint)(posteriors, sampler, references, prepared)
+        return parallel.vmap(one_checkpoint)(posteriors, sampler, references)
 
     lane = P(CHECKPOINT)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(), P(CHAIN), lane, lane, lane, lane, P(), P()),
+        in_specs=(P(), P(CHAIN), lane, lane, lane, P(), P()),
         out_specs=P(CHECKPOINT, CHAIN),
         # Loop carries start replicated (the anchor) and end varying; nothing is ever reduced.
         check_vma=False,
     )(
-        rng_key, jnp.arange(num_chains, dtype=jnp.uint32), posteriors, sampler, references,
-        prepared, data, held,
+        rng_key, jnp.arange(num_chains, dtype=jnp.uint32), posteriors, sampler, references, data,
+        held,
     )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "stream", "plan", "mesh", "recorder"))
-def prepare(
-    anchors: Params,
-    data: Batch | None,
-    held: list[jax.Array],
-    *,
-    loss_fn: LossFn,
-    stream: Stream | None,
-    plan: Plan,
-    mesh: Mesh,
-    recorder: Recorder,
-) -> dict[str, Any]:
-    """What the observables need of each of a stack of anchors; arguments as in `sample`."""
-
-    def local(anchors, data, held):
-        def one(params):
-            at = Anchor(loss_fn, params, stream or data, plan.micro_batch)
-            return {name: x.prepare(at) for name, x in recorder.join(held).items()}
-
-        return parallel.vmap(one)(anchors)
-
-    lane = P(CHECKPOINT)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(lane, P(), P()), out_specs=lane, check_vma=False
-    )(anchors, data, held)

@@ -217,6 +217,18 @@ def llc_with_published_init(sweep: xarray.Dataset) -> xarray.DataArray:
     return sweep.per_chain + nbeta * sweep.init_loss * missing
 
 
+def parts_of(sweep: xarray.Dataset) -> tuple[xarray.DataArray, xarray.DataArray] | None:
+    """λ̂ of the terms of the loss and their standard errors, [checkpoint, part]; None without.
+
+    Args:
+      sweep: of `load_sweep`, of estimates with an observable `LossTerms` called "parts".
+    """
+    if "parts" not in sweep:
+        return None
+    # Where the draws were kept they have the name, see `llc.dataset`.
+    return sweep["parts_mean" if "parts_mean" in sweep else "parts"], sweep["parts_stderr"]
+
+
 def _nbeta(sweep: xarray.Dataset) -> float:
     """The nβ that all checkpoints of a sweep share."""
     if "nbeta" not in sweep.attrs:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import types
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from llc_jax.inputs import checks
 from llc_jax.metrics.own import Inspection
 from llc_jax.observables import LossTerms
-from llc_jax.problems.base import Columns, Measurement, Problem, curves_of
+from llc_jax.problems.base import Columns, Measurement, Problem
 from llc_jax.problems.language import behavior, datasets, heldout, probes, structure, synthetic
 from llc_jax.problems.language.losses import LanguageLoss, LanguageOctaveLosses
 from llc_jax.problems.language.model import AttentionOnlyTransformer
@@ -68,6 +69,7 @@ class Language(Problem):
 
     title = "attention-only language model"
     measured_by = "measure_language"
+    curve_names = types.MappingProxyType({"loss": "mean_loss", "weight norm": "weight_norm"})
 
     @functools.cached_property
     def source(self) -> Any:
@@ -178,10 +180,6 @@ class Language(Problem):
             drawn["language"] = figures.behavior_figure(found.behavior, stages=stages)
             drawn["heads"] = figures.heads_figure(found.behavior, stages=stages)
         return drawn
-
-    def curves(self, found: Any) -> dict[str, tuple]:
-        """Loss and weight norm."""
-        return curves_of(found.behavior, {"loss": "mean_loss", "weight norm": "weight_norm"})
 
     def details(self, found: Any) -> dict[str, Any]:
         """Positions, embedding, and composition of heads."""

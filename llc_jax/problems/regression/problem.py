@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from llc_jax.inputs import checks
 from llc_jax.metrics.own import Inspection
 from llc_jax.observables import LossTerms
-from llc_jax.problems.base import Columns, Measurement, Problem, curves_of
+from llc_jax.problems.base import Columns, Measurement, Problem
 from llc_jax.problems.regression import behavior, data, datasets, losses, structure
 from llc_jax.problems.regression.model import RegressionTransformer
 from llc_jax.problems.regression.outputs import Outputs
@@ -56,6 +57,7 @@ class Regression(Problem):
     task: data.RegressionTask
 
     title = "in-context linear regression"
+    curve_names = types.MappingProxyType({"loss": "mean_loss", "weight norm": "weight_norm"})
 
     @property
     def losses(self) -> Mapping[str, Any]:
@@ -145,10 +147,6 @@ class Regression(Problem):
             drawn["behavior"] = behavior_figures.behavior_figure(found.behavior, stages=stages)
             drawn["structure"] = structure_figures.structure_figure(found.behavior, stages=stages)
         return drawn
-
-    def curves(self, found: Any) -> dict[str, tuple]:
-        """Loss and weight norm."""
-        return curves_of(found.behavior, {"loss": "mean_loss", "weight norm": "weight_norm"})
 
     def details(self, found: Any) -> dict[str, Any]:
         """Layer norms, and attention of every head."""
